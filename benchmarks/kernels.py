@@ -1,0 +1,109 @@
+"""The CPU ops against a copy of the same bytes and against eager PyTorch.
+
+    python benchmarks/kernels.py [--output benchmarks/results/kernels.json]
+
+`copy_` of the hidden states is the floor that ratios are relative to: what any pass over the data
+costs. In place and out of place are measured apart, because out of place the allocation of the
+result dominates at prefill size (`clone` pays it too). One thread is timed by its CPU time, which
+other processes do not disturb; several by the wall clock.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.timing import header, interleave, write_json
+from grains_ext import ops
+
+DIM = 4096
+ROWS = (1, 64, 2048)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def eager_steer(hidden: Tensor, vector: Tensor, strength: Tensor) -> Tensor:
+    h = hidden.float()
+    s = h + strength * vector.float()
+    ratio = h.norm(dim=-1, keepdim=True) / s.norm(dim=-1, keepdim=True)
+    return (s * ratio).to(hidden.dtype)
+
+
+def eager_skip_norm(
+    x: Tensor, skip: Tensor, vector: Tensor, strength: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    residual = eager_steer(x + skip, vector, strength)
+    return torch.nn.functional.rms_norm(residual, (DIM,), weight, 1e-6), residual
+
+
+def candidates(rows: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    hidden, skip = (torch.randn(rows, DIM).to(dtype) for _ in range(2))
+    vector, weight = (torch.randn(DIM).to(dtype) for _ in range(2))
+    strength = torch.tensor(0.7)
+    target = torch.empty_like(hidden)
+    return {
+        "copy_": lambda: target.copy_(hidden),
+        "clone": hidden.clone,
+        "steer_": lambda: ops.steer_add_normalize_(hidden, vector, strength),
+        "steer": lambda: ops.steer_add_normalize(hidden, vector, strength),
+        "eager steer_": lambda: hidden.copy_(eager_steer(hidden, vector, strength)),
+        "eager steer": lambda: eager_steer(hidden, vector, strength),
+        "skip_steer_rms": lambda: ops.skip_steer_rms_norm(hidden, skip, vector, strength, weight),
+        "eager skip_steer_rms": lambda: eager_skip_norm(hidden, skip, vector, strength, weight),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--output", type=Path, help="write the results as JSON here")
+    parser.add_argument("--rounds", type=int, default=15)
+    options = parser.parse_args()
+
+    console = Console(width=150)
+    console.print(
+        f"{header()}; hidden size {DIM}; inference mode; time / copy_, median [quartiles]"
+    )
+    results: list[dict[str, Any]] = []
+    for threads in sorted({1, len(os.sched_getaffinity(0))}):
+        torch.set_num_threads(threads)
+        clock = "1 thread, CPU time" if threads == 1 else f"{threads} threads, wall clock"
+        table = Table("dtype", "rows", "copy_ us", title=clock)
+        for dtype in DTYPES:
+            for rows in ROWS:
+                with torch.inference_mode():
+                    measured = interleave(
+                        candidates(rows, dtype),
+                        baseline="copy_",
+                        rounds=options.rounds,
+                        clock=time.thread_time if threads == 1 else time.perf_counter,
+                    )
+                shown = [name for name in measured if name != "copy_"]
+                if len(table.columns) == 3:
+                    for name in shown:
+                        table.add_column(name)
+                table.add_row(
+                    str(dtype).removeprefix("torch.").replace("float", "f"),
+                    str(rows),
+                    f"{measured['copy_'].seconds.median * 1e6:.1f}",
+                    *(str(measured[name].ratio) for name in shown),
+                )
+                results += [
+                    {"threads": threads, "dtype": str(dtype), "rows": rows, "result": result}
+                    for result in measured.values()
+                ]
+        console.print(table)
+    if options.output:
+        write_json(options.output, "kernels", results)
+
+
+if __name__ == "__main__":
+    main()

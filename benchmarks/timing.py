@@ -1,0 +1,143 @@
+"""Interleaved timing, shared by the benchmarks.
+
+Candidates take turns within a round, so that a machine that speeds up, slows down or does other
+work treats them alike; ratios are taken round by round and reported as median and quartiles.
+"""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> "Spread":
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high)
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} [{self.low:.2f}-{self.high:.2f}]"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Seconds per call, and the same divided by the baseline's in the same round."""
+
+    name: str
+    seconds: Spread
+    ratio: Spread
+
+
+def interleave(
+    candidates: Mapping[str, Callable[[], object]],
+    *,
+    baseline: str,
+    rounds: int = 25,
+    turn_seconds: float = 2e-3,
+    clock: Callable[[], float] = time.perf_counter,
+    synchronize: Callable[[], object] | None = None,
+) -> dict[str, Measurement]:
+    """Time `candidates` in turns.
+
+    Args:
+        candidates: name -> function of no arguments.
+        baseline: the candidate that ratios are relative to.
+        rounds: how often each has its turn, >= 2.
+        turn_seconds: a turn repeats its call for about this long, so that reading the clock does
+            not matter.
+        clock: seconds. `time.thread_time` leaves out what other processes took, and serves where
+            all the work is on the calling thread.
+        synchronize: waits for asynchronous work (torch.cuda.synchronize) before each clock reading.
+    """
+    wait = synchronize or (lambda: None)
+
+    def turn(call: Callable[[], object], repeats: int) -> float:
+        wait()
+        start = clock()
+        for _ in range(repeats):
+            call()
+        wait()
+        return (clock() - start) / repeats
+
+    repeats = {}
+    for name, call in candidates.items():
+        turn(call, 2)  # warm up: allocations, lazy set-up
+        repeats[name] = max(1, round(turn_seconds / max(turn(call, 2), 1e-9)))
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    order = list(candidates)
+    for _ in range(rounds):
+        for name in order:
+            seconds[name].append(turn(candidates[name], repeats[name]))
+        order.append(order.pop(0))  # nobody always runs after the same neighbour
+    return {
+        name: Measurement(
+            name,
+            Spread.of(times),
+            Spread.of([t / b for t, b in zip(times, seconds[baseline], strict=True)]),
+        )
+        for name, times in seconds.items()
+    }
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the versions that a result belongs to."""
+    from grains_ext import _C
+
+    def version(package: str) -> str | None:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return None
+
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        processor = names[0].split(":", 1)[1].strip() if names else processor
+    packages = ("torch", "transformers", "onnxruntime", "onnxruntime-gpu", "onnx")
+    return {
+        "processor": processor,
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average": round(os.getloadavg()[0], 2),
+        "instruction_set": _C.cpu_isa(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "build": _C.build_info(),
+        "versions": {name: found for name in packages if (found := version(name))},
+    }
+
+
+def header() -> str:
+    """`environment` for people, in one line."""
+    found = environment()
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    return (
+        f"{found['processor']}, {found['cores']} cores, {found['instruction_set']}, load "
+        f"{found['load_average']}; {found['gpu'] or 'no GPU'}; {versions}"
+    )
+
+
+def write_json(path: Path, benchmark: str, rows: list[dict[str, Any]]) -> None:
+    """`rows` hold plain values and Measurements."""
+    plain = [
+        {k: asdict(v) if isinstance(v, Measurement) else v for k, v in row.items()} for row in rows
+    ]
+    document = {"benchmark": benchmark, "environment": environment(), "rows": plain}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")

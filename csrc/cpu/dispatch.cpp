@@ -1,0 +1,187 @@
+// The public launchers: which instruction set runs, and which rows go to which thread.
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "grains/cpu.h"
+#include "kernels.h"
+
+namespace grains::cpu {
+namespace {
+
+struct Kernels {
+  const char* name;
+  void (*ig_interpolate)(const InterpolateArgs&, std::int64_t, std::int64_t);
+  void (*ig_accumulate)(const AccumulateArgs&, std::int64_t, std::int64_t);
+  void (*steer_add_normalize)(const SteerArgs&, std::int64_t, std::int64_t);
+  void (*skip_steer_rms_norm)(const SkipNormArgs&, std::int64_t, std::int64_t);
+  void (*skip_steer_layer_norm)(const SkipNormArgs&, std::int64_t, std::int64_t);
+};
+
+// Indexed by Isa.
+constexpr Kernels kKernels[] = {
+    {"generic", generic::ig_interpolate, generic::ig_accumulate, generic::steer_add_normalize,
+     generic::skip_steer_rms_norm, generic::skip_steer_layer_norm},
+#ifdef GRAINS_X86
+    {"avx2", avx2::ig_interpolate, avx2::ig_accumulate, avx2::steer_add_normalize,
+     avx2::skip_steer_rms_norm, avx2::skip_steer_layer_norm},
+    {"avx512", avx512::ig_interpolate, avx512::ig_accumulate, avx512::steer_add_normalize,
+     avx512::skip_steer_rms_norm, avx512::skip_steer_layer_norm},
+#endif
+};
+constexpr std::int32_t kCompiled = sizeof(kKernels) / sizeof(kKernels[0]);
+
+bool find_isa(const char* name, Isa* isa) {
+  for (std::int32_t i = 0; i < kCompiled; ++i) {
+    if (std::strcmp(name, kKernels[i].name) == 0) {
+      *isa = static_cast<Isa>(i);
+      return isa_supported(*isa);
+    }
+  }
+  return false;
+}
+
+Isa isa_at_start() {
+  const char* wanted = std::getenv("GRAINS_CPU_ISA");
+  if (wanted == nullptr || *wanted == '\0') return best_isa();
+  Isa isa = Isa::kGeneric;
+  if (find_isa(wanted, &isa)) return isa;
+  std::fprintf(stderr,
+               "grains: GRAINS_CPU_ISA=%s is unknown or not supported by this processor; using %s "
+               "(choose generic, avx2 or avx512)\n",
+               wanted, isa_name(best_isa()));
+  return best_isa();
+}
+
+std::atomic<Isa>& chosen_isa() {
+  static std::atomic<Isa> isa{isa_at_start()};
+  return isa;
+}
+
+const Kernels& kernels() { return kKernels[static_cast<std::int32_t>(current_isa())]; }
+
+// A thread is worth waking for this many bytes read and written: waking one and waiting for it
+// takes a few microseconds, in which one core moves about this much.
+constexpr std::int64_t kGrainBytes = 128 * 1024;
+
+template <class Args>
+struct Job {
+  void (*kernel)(const Args&, std::int64_t, std::int64_t);
+  const Args& args;
+  std::int64_t rows, chunks;
+};
+
+template <class Args>
+void run_rows(void (*kernel)(const Args&, std::int64_t, std::int64_t), const Args& args,
+              std::int64_t rows, std::int64_t bytes_per_row, const Parallel& parallel) {
+  if (rows <= 0 || args.dim <= 0) return;
+  std::int64_t chunks = rows * bytes_per_row / kGrainBytes;
+  if (chunks > parallel.threads) chunks = parallel.threads;
+  if (chunks > rows) chunks = rows;
+  if (chunks <= 1 || parallel.run == nullptr) return kernel(args, 0, rows);
+  Job<Args> job{kernel, args, rows, chunks};
+  parallel.run(
+      parallel.host, chunks,
+      [](void* context, std::int64_t chunk) {
+        const auto& job = *static_cast<const Job<Args>*>(context);
+        job.kernel(job.args, job.rows * chunk / job.chunks, job.rows * (chunk + 1) / job.chunks);
+      },
+      &job);
+}
+
+std::int64_t bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+}  // namespace
+
+bool isa_supported(Isa isa) {
+  switch (isa) {
+    case Isa::kGeneric:
+      return true;
+#ifdef GRAINS_X86
+    case Isa::kAvx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+             __builtin_cpu_supports("f16c");
+    case Isa::kAvx512:
+      return isa_supported(Isa::kAvx2) && __builtin_cpu_supports("avx512f") &&
+             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+             __builtin_cpu_supports("avx512dq");
+#endif
+    default:
+      return false;
+  }
+}
+
+Isa best_isa() {
+  if (isa_supported(Isa::kAvx512)) return Isa::kAvx512;
+  return isa_supported(Isa::kAvx2) ? Isa::kAvx2 : Isa::kGeneric;
+}
+
+const char* isa_name(Isa isa) {
+  const auto i = static_cast<std::int32_t>(isa);
+  return i >= 0 && i < kCompiled ? kKernels[i].name : "unknown";
+}
+
+Isa current_isa() { return chosen_isa().load(std::memory_order_relaxed); }
+
+bool set_isa(Isa isa) {
+  if (!isa_supported(isa)) return false;
+  chosen_isa().store(isa, std::memory_order_relaxed);
+  return true;
+}
+
+void ig_interpolate(const InterpolateArgs& args, const Parallel& parallel) {
+  // Each output row is written once; the inputs stay in the cache over the steps.
+  run_rows(kernels().ig_interpolate, args, args.steps * args.batch * args.tokens,
+           2 * args.dim * bytes(args.dtype), parallel);
+}
+
+void ig_accumulate(const AccumulateArgs& args, const Parallel& parallel) {
+  // A row of no elements still has a sum: 0.
+  if (args.dim <= 0) {
+    for (std::int64_t i = 0; i < args.batch * args.tokens; ++i) args.out[i] = 0.0f;
+    return;
+  }
+  run_rows(kernels().ig_accumulate, args, args.batch * args.tokens,
+           (args.steps + 2) * args.dim * bytes(args.dtype), parallel);
+}
+
+void steer_add_normalize(const SteerArgs& args, const Parallel& parallel) {
+  run_rows(kernels().steer_add_normalize, args, args.rows, 2 * args.dim * bytes(args.dtype),
+           parallel);
+}
+
+void skip_steer_rms_norm(const SkipNormArgs& args, const Parallel& parallel) {
+  run_rows(kernels().skip_steer_rms_norm, args, args.rows, 4 * args.dim * bytes(args.dtype),
+           parallel);
+}
+
+void skip_steer_layer_norm(const SkipNormArgs& args, const Parallel& parallel) {
+  run_rows(kernels().skip_steer_layer_norm, args, args.rows, 4 * args.dim * bytes(args.dtype),
+           parallel);
+}
+
+std::int64_t first_bad_index(const std::int32_t* index, std::int64_t count, std::int64_t bank) {
+  for (std::int64_t i = 0; i < count; ++i) {
+    if (index[i] < -1 || index[i] >= bank) return i;
+  }
+  return -1;
+}
+
+}  // namespace grains::cpu
+
+// Each library holds its own copy of the kernels. These let a process that loaded several of them
+// ask for, and choose, the instruction set of each.
+extern "C" {
+
+__attribute__((visibility("default"))) const char* grains_cpu_isa() {
+  return grains::cpu::isa_name(grains::cpu::current_isa());
+}
+
+// 1 where `name` is an instruction set that was compiled in and that this processor has, else 0.
+__attribute__((visibility("default"))) int grains_set_cpu_isa(const char* name) {
+  grains::cpu::Isa isa;
+  return grains::cpu::find_isa(name, &isa) && grains::cpu::set_isa(isa) ? 1 : 0;
+}
+
+}  // extern "C"

@@ -1,0 +1,105 @@
+// Host side: from run-time types and plans to kernel instances, and the launch itself.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <initializer_list>
+
+#include "grains/launch_plan.h"
+#include "grains/types.h"
+#include "launch_limits.h"
+#include "steered_row.cuh"
+
+namespace grains::cuda {
+
+// At the start of every kernel: with a programmatic launch it may run before the kernel ahead of it
+// has finished, and must not touch memory until then. Kernels behind it may start to start.
+__device__ inline void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+
+template <typename... Params>
+int launch(void (*kernel)(Params...), dim3 grid, int threads, bool programmatic_launch,
+           void* stream, Params... params) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = programmatic_launch ? 1 : 0;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, params...);
+  // The caller is told of the error; left behind, the host framework would find it a second time.
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
+}
+
+// 10 * major + minor of the current device.
+inline cudaError_t compute_capability(std::int32_t* capability) {
+  int device = 0, major = 0, minor = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  }
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  }
+  *capability = 10 * major + minor;
+  return error;
+}
+
+inline bool pointers_aligned(std::initializer_list<const void*> pointers) {
+  for (const void* pointer : pointers) {
+    if (reinterpret_cast<std::uintptr_t>(pointer) % kVectorBytes != 0) return false;
+  }
+  return true;
+}
+
+inline bool strides_aligned(DType dtype, std::initializer_list<std::int64_t> strides) {
+  const std::int64_t elements = kVectorBytes / (dtype == DType::kFloat32 ? 4 : 2);
+  for (std::int64_t stride : strides) {
+    if (stride % elements != 0) return false;
+  }
+  return true;
+}
+
+template <typename T>
+struct TypeTag {
+  using type = T;
+};
+
+template <typename Body>
+int with_type(DType dtype, Body body) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return body(TypeTag<float>{});
+    case DType::kFloat16:
+      return body(TypeTag<__half>{});
+    case DType::kBFloat16:
+      return body(TypeTag<__nv_bfloat16>{});
+  }
+  return cudaErrorInvalidValue;
+}
+
+template <typename T>
+constexpr int kVectorOf = kVectorBytes / static_cast<int>(sizeof(T));
+
+// The shapes that plan() may choose.
+template <typename T, typename Body>
+int with_shape(const LaunchPlan& plan, Body body) {
+  if (plan.vector_elements == 1) return body(RowShape<1, kScalarTile, false>{});
+  if (plan.elements_per_thread == 0) {
+    return body(RowShape<kVectorOf<T>, kTileVectors, false>{});
+  }
+  return body(RowShape<kVectorOf<T>, kKeptElements / kVectorOf<T>, true>{});
+}
+
+}  // namespace grains::cuda

@@ -1,0 +1,386 @@
+"""The compiled ops, ``torch.ops.grains.*``: typed wrappers, fake kernels and gradients.
+
+One section per op, in the order of the C++ registration (csrc/torch/ops.cpp). Tensors are float32,
+float16 or bfloat16 on CPU or CUDA; all arithmetic is float32. The kernels check their arguments and
+raise ``RuntimeError`` naming the argument, what was given and what was expected; the fake kernels
+(torch.compile, torch.export) check the shapes while tracing. :mod:`grains_ext.reference` defines
+what each op computes.
+
+Only :func:`steer_add_normalize` has a gradient. The others raise where a gradient would be needed.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "ig_accumulate",
+    "ig_interpolate",
+    "skip_steer_layer_norm",
+    "skip_steer_rms_norm",
+    "steer_add_normalize",
+    "steer_add_normalize_",
+]
+
+
+def _load_library(path: Path) -> None:
+    rebuild = "build it with `make setup`, or `pip install --no-build-isolation -e .`"
+    if not path.exists():
+        raise ImportError(f"grains_ext: the op library {path} is not built; {rebuild}")
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        raise ImportError(
+            f"grains_ext: {path} does not load with torch {torch.__version__} (2.11 or newer is "
+            f"needed); {rebuild}"
+        ) from error
+
+
+_load_library(Path(__file__).with_name("libgrains_torch.so"))
+
+
+def _as_strength(strength: Tensor | float, like: Tensor) -> Tensor:
+    if isinstance(strength, Tensor):
+        return strength
+    return torch.full((), strength, dtype=torch.float32, device=like.device)
+
+
+def _no_gradient(op: str, instead: str) -> Callable[..., NoReturn]:
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
+        raise RuntimeError(f"grains::{op} has no gradient; {instead}")
+
+    return backward
+
+
+def _check(fits: bool, op: str, name: str, given: Tensor, expected: str) -> None:
+    torch._check(
+        fits, lambda: f"grains::{op}: `{name}` has shape {list(given.shape)}, expected {expected}"
+    )
+
+
+# --- ig_interpolate -------------------------------------------------------------------------------
+
+
+def ig_interpolate(input: Tensor, baseline: Tensor, alphas: Tensor) -> Tensor:
+    """Points on the straight path from `baseline` to `input`, for Integrated Gradients.
+
+    Args:
+        input: [B, T, D] embeddings.
+        baseline: any shape that broadcasts to `input` and ends in D; dtype of `input`.
+        alphas: float32 [S], or [S, B] where each batch row has its own; 0 gives the baseline and 1
+            the input, bit for bit.
+
+    Returns:
+        [S, B, T, D] of `input`'s dtype: baseline + alpha (input - baseline). No gradient: the
+        points are leaves of the model's graph.
+    """
+    return torch.ops.grains.ig_interpolate.default(input, baseline, alphas)
+
+
+def _check_path(op: str, input: Tensor, baseline: Tensor, name: str, per_step: Tensor) -> None:
+    _check(input.ndim == 3, op, "input", input, "[batch, tokens, hidden size]")
+    fits = 1 <= baseline.ndim <= 3 and baseline.shape[-1] == input.shape[-1]
+    leading = input.shape[3 - baseline.ndim : 2] if fits else ()
+    for size, wanted in zip(baseline.shape[:-1], leading, strict=False):
+        fits = fits and (size == 1 or size == wanted)
+    _check(fits, op, "baseline", baseline, f"a shape that broadcasts to {list(input.shape)}")
+    fits = per_step.ndim == 1 or (per_step.ndim == 2 and per_step.shape[1] == input.shape[0])
+    _check(fits, op, name, per_step, "[steps] or [steps, batch]")
+
+
+@torch.library.register_fake("grains::ig_interpolate")
+def _(input: Tensor, baseline: Tensor, alphas: Tensor) -> Tensor:
+    _check_path("ig_interpolate", input, baseline, "alphas", alphas)
+    return input.new_empty((alphas.shape[0], *input.shape))
+
+
+torch.library.register_autograd(
+    "grains::ig_interpolate",
+    _no_gradient("ig_interpolate", "detach its inputs, or use grains_ext.reference"),
+)
+
+# --- ig_accumulate --------------------------------------------------------------------------------
+
+
+def ig_accumulate(grads: Tensor, input: Tensor, baseline: Tensor, weights: Tensor) -> Tensor:
+    """The attribution of each token: sum_s w_s sum_d grads[s] (input - baseline).
+
+    Args:
+        grads: [S, B, T, D] gradients at the points of :func:`ig_interpolate`.
+        input: [B, T, D], dtype of `grads`.
+        baseline: as in :func:`ig_interpolate`.
+        weights: float32 [S] or [S, B], the quadrature weights.
+
+    Returns:
+        float32 [B, T]. The [S, B, T, D] product is never stored. No gradient.
+    """
+    return torch.ops.grains.ig_accumulate.default(grads, input, baseline, weights)
+
+
+@torch.library.register_fake("grains::ig_accumulate")
+def _(grads: Tensor, input: Tensor, baseline: Tensor, weights: Tensor) -> Tensor:
+    _check_path("ig_accumulate", input, baseline, "weights", weights)
+    expected = (weights.shape[0], *input.shape)
+    _check(grads.shape == expected, "ig_accumulate", "grads", grads, f"{list(expected)}")
+    return input.new_empty(input.shape[:2], dtype=torch.float32)
+
+
+torch.library.register_autograd(
+    "grains::ig_accumulate",
+    _no_gradient("ig_accumulate", "detach its inputs, or use grains_ext.reference"),
+)
+
+# --- steer_add_normalize --------------------------------------------------------------------------
+
+
+def steer_add_normalize(
+    hidden: Tensor,
+    vectors: Tensor,
+    strength: Tensor | float,
+    index: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Steer each row of `hidden`: h' = (h + a v) |h| / |h + a v| (arXiv 2507.18043, section 3.3).
+
+    Args:
+        hidden: [..., D]; the norm is over the last dimension, in float32, whatever the scale.
+        vectors: one direction [D] or a bank [N, D], dtype of `hidden`.
+        strength: a; a float, or float32 [] or [N] (one per direction). As a tensor it may change
+            under torch.compile and CUDA graphs without a recompile. 0 returns `hidden` bit for bit.
+        index: int32 of shape hidden.shape[:-1] or hidden.shape[:1]: which direction steers the row;
+            -1 leaves it alone. Required with a bank of more than one direction. An index outside
+            the bank raises on the CPU; on CUDA it makes the row NaN.
+        eps: rows with |h + a v| <= eps |h| are returned unchanged: they have no direction left.
+
+    Returns:
+        A new contiguous tensor like `hidden`. Differentiable in hidden, vectors and strength.
+    """
+    strength = _as_strength(strength, hidden)
+    return torch.ops.grains.steer_add_normalize.default(hidden, vectors, strength, index, eps)
+
+
+def _check_steering(
+    op: str, hidden: Tensor, vectors: Tensor, strength: Tensor, index: Tensor | None
+) -> None:
+    rows, dim = hidden.shape[:-1], hidden.shape[-1]
+    fits = 1 <= vectors.ndim <= 2 and vectors.shape[-1] == dim
+    _check(fits, op, "vectors", vectors, f"[{dim}] or [N, {dim}]")
+    bank = vectors.shape[0] if vectors.ndim == 2 else 1
+    fits = strength.ndim == 0 or (strength.ndim == 1 and strength.shape[0] == bank)
+    _check(fits, op, "strength", strength, f"[] or [{bank}]")
+    if index is not None:
+        fits = index.shape == rows or (index.ndim == 1 and index.shape == rows[:1])
+        _check(fits, op, "index", index, f"{list(rows)} or {list(rows[:1])}")
+
+
+@torch.library.register_fake("grains::steer_add_normalize")
+def _(
+    hidden: Tensor,
+    vectors: Tensor,
+    strength: Tensor,
+    index: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    _check_steering("steer_add_normalize", hidden, vectors, strength, index)
+    return hidden.new_empty(hidden.shape)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    hidden, vectors, strength, index, ctx.eps = inputs
+    ctx.save_for_backward(hidden, vectors, strength, index)
+
+
+def _norm(rows: Tensor) -> Tensor:
+    """Summed in float64, so that rows of any finite scale have a norm."""
+    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float64)
+    return norm.to(torch.float32)
+
+
+def _steer_backward(
+    ctx: Any, grad: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    """With u = s / |s|, c = |h| / |s|: ds = c (g - u (u.g)); dh = ds + (u.g) h / |h|; dv = a ds;
+    da = v.ds. Rows that were left alone pass their gradient on."""
+    hidden, vectors, strength, index = ctx.saved_tensors
+    rows = hidden.shape[:-1]
+    h, g = hidden.to(torch.float32), grad.to(torch.float32)
+    bank = vectors.to(torch.float32).reshape(-1, hidden.shape[-1])
+    if index is None:
+        index = torch.zeros((1,) * len(rows), dtype=torch.int32, device=hidden.device)
+    index = index.reshape(index.shape + (1,) * (len(rows) - index.ndim)).expand(rows)
+    chosen = index.clamp(min=0).long()
+    a, v = strength.expand(bank.shape[0])[chosen].unsqueeze(-1), bank[chosen]
+
+    s = h + a * v
+    norm_h, norm_s = _norm(h), _norm(s)
+    unchanged = (index < 0).unsqueeze(-1) | (norm_s <= ctx.eps * norm_h)
+    unit_s = s / torch.where(norm_s == 0, 1.0, norm_s)
+    unit_h = h / torch.where(norm_h == 0, 1.0, norm_h)
+    ratio = norm_h / torch.where(norm_s == 0, 1.0, norm_s)
+    along = (unit_s * g).sum(-1, keepdim=True)
+    ds = torch.where(unchanged, 0.0, ratio * (g - unit_s * along))
+
+    d_hidden = d_vectors = d_strength = None
+    if ctx.needs_input_grad[0]:
+        steered = ds + along * unit_h
+        d_hidden = torch.where(unchanged | (a == 0), g, steered).to(hidden.dtype)
+    if ctx.needs_input_grad[1]:
+        per_row = (a * ds).reshape(-1, bank.shape[1])
+        d_bank = torch.zeros_like(bank).index_add(0, chosen.reshape(-1), per_row)
+        d_vectors = d_bank.reshape(vectors.shape).to(vectors.dtype)
+    if ctx.needs_input_grad[2]:
+        each = strength.new_zeros(bank.shape[0])
+        each = each.index_add(0, chosen.reshape(-1), (v * ds).sum(-1).reshape(-1))
+        d_strength = each.sum() if strength.ndim == 0 else each
+    return d_hidden, d_vectors, d_strength, None, None
+
+
+torch.library.register_autograd(
+    "grains::steer_add_normalize", _steer_backward, setup_context=_save_for_backward
+)
+
+
+def steer_add_normalize_(
+    hidden: Tensor,
+    vectors: Tensor,
+    strength: Tensor | float,
+    index: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """:func:`steer_add_normalize` written into `hidden`, which is returned.
+
+    `hidden` may have any strides; where its rows do not lie at one distance from each other it is
+    steered in a copy and copied back. No gradient: raises where one would be needed.
+    """
+    strength = _as_strength(strength, hidden)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, vectors, strength)):
+        raise RuntimeError(
+            "grains::steer_add_normalize_ has no gradient; use steer_add_normalize, or call it "
+            "under torch.no_grad()"
+        )
+    torch.ops.grains.steer_add_normalize_.default(hidden, vectors, strength, index, eps)
+    # Autograd must see that a tensor it may have saved has changed; a compiler sees it anyway.
+    if not torch.compiler.is_compiling() and not hidden.is_inference():
+        torch.autograd.graph.increment_version(hidden)
+    return hidden
+
+
+@torch.library.register_fake("grains::steer_add_normalize_")
+def _(
+    hidden: Tensor,
+    vectors: Tensor,
+    strength: Tensor,
+    index: Tensor | None = None,
+    eps: float = 1e-6,
+) -> None:
+    _check_steering("steer_add_normalize_", hidden, vectors, strength, index)
+
+
+# --- skip_steer_rms_norm --------------------------------------------------------------------------
+
+
+def skip_steer_rms_norm(
+    x: Tensor,
+    skip: Tensor,
+    vectors: Tensor,
+    strength: Tensor | float,
+    weight: Tensor,
+    index: Tensor | None = None,
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Residual addition, steering and the next RMSNorm in one pass.
+
+    Args:
+        x, skip: [..., D] of one dtype.
+        vectors, strength, index: as in :func:`steer_add_normalize`; its eps is 1e-6 here.
+        weight: [D], dtype of `x`.
+        eps: the norm's epsilon.
+        weight_offset: added to `weight`; 1 for Gemma.
+
+    Returns:
+        (normed, residual) like `x`: residual = steered(x + skip), normed = residual / sqrt(mean
+        residual^2 + eps) * (weight + weight_offset), from the residual before it is rounded. No
+        gradient.
+    """
+    strength = _as_strength(strength, x)
+    return torch.ops.grains.skip_steer_rms_norm.default(
+        x, skip, vectors, strength, weight, index, eps, weight_offset
+    )
+
+
+def _check_skip(op: str, x: Tensor, skip: Tensor, **parameters: Tensor | None) -> None:
+    _check(x.shape == skip.shape, op, "skip", skip, f"{list(x.shape)}, the shape of `x`")
+    for name, given in parameters.items():
+        if given is not None:
+            _check(given.shape == x.shape[-1:], op, name, given, f"[{x.shape[-1]}]")
+
+
+@torch.library.register_fake("grains::skip_steer_rms_norm")
+def _(
+    x: Tensor,
+    skip: Tensor,
+    vectors: Tensor,
+    strength: Tensor,
+    weight: Tensor,
+    index: Tensor | None = None,
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    _check_skip("skip_steer_rms_norm", x, skip, weight=weight)
+    _check_steering("skip_steer_rms_norm", x, vectors, strength, index)
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+torch.library.register_autograd(
+    "grains::skip_steer_rms_norm",
+    _no_gradient("skip_steer_rms_norm", "use steer_add_normalize(x + skip, ...) and a norm"),
+)
+
+# --- skip_steer_layer_norm ------------------------------------------------------------------------
+
+
+def skip_steer_layer_norm(
+    x: Tensor,
+    skip: Tensor,
+    vectors: Tensor,
+    strength: Tensor | float,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    index: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """Residual addition, steering and the next LayerNorm in one pass.
+
+    As :func:`skip_steer_rms_norm`, with normed = (residual - mean) / sqrt(variance + eps) * weight
+    + bias; `bias` is [D] or None. No gradient.
+    """
+    strength = _as_strength(strength, x)
+    return torch.ops.grains.skip_steer_layer_norm.default(
+        x, skip, vectors, strength, weight, bias, index, eps
+    )
+
+
+@torch.library.register_fake("grains::skip_steer_layer_norm")
+def _(
+    x: Tensor,
+    skip: Tensor,
+    vectors: Tensor,
+    strength: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    index: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    _check_skip("skip_steer_layer_norm", x, skip, weight=weight, bias=bias)
+    _check_steering("skip_steer_layer_norm", x, vectors, strength, index)
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+torch.library.register_autograd(
+    "grains::skip_steer_layer_norm",
+    _no_gradient("skip_steer_layer_norm", "use steer_add_normalize(x + skip, ...) and a norm"),
+)
