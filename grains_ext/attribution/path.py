@@ -1,0 +1,175 @@
+"""The path of Integrated Gradients: where it starts (baseline) and where it is sampled.
+
+Sundararajan, Taly, Yan, "Axiomatic Attribution for Deep Networks", 2017, section 3.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from grains_ext.decoder import DecoderView, unwrap
+from grains_ext.encoding import TokenIds
+
+METHODS = ("gausslegendre", "riemann_middle")
+BASELINES = ("bos", "mean", "pad", "unk", "mask", "zero")
+
+
+def quadrature(
+    method: str, n_steps: int
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Nodes and weights of an ``n_steps``-point rule on [0, 1]; the weights sum to 1.
+
+    ``method`` is "gausslegendre" (exact for polynomials up to degree 2 n - 1) or "riemann_middle"
+    (the midpoints of ``n_steps`` equal parts), captum's names. Neither touches 0 or 1. Returns two
+    float64 arrays of shape [n_steps], nodes rising. Raises ValueError for another method or
+    ``n_steps`` < 1.
+    """
+    if n_steps < 1:
+        raise ValueError(f"n_steps must be at least 1, got {n_steps}")
+    if method == "gausslegendre":
+        nodes, weights = np.polynomial.legendre.leggauss(n_steps)
+        return (nodes + 1) / 2, weights / 2
+    if method == "riemann_middle":
+        return (np.arange(n_steps) + 0.5) / n_steps, np.full(n_steps, 1 / n_steps)
+    raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+
+
+class Baseline:
+    """Where every path starts: one embedding for all tokens of a prompt, or one per token.
+
+    A BOS token at the start of a prompt keeps its real embedding, except under a [T, D] tensor,
+    which is used as it stands. It takes no part in the path then, and its score is 0.
+
+    ``baseline`` is one of
+
+    - "bos", "pad", "unk", "mask": the embedding of that special token. Where a tokenizer has no
+      BOS, EOS stands in for it, then PAD, and a warning says so;
+    - "mean": the mean embedding of the vocabulary;
+    - "zero": zeros. On models that add no position embeddings this starts the path at a
+      discontinuity (RMSNorm scales an infinitesimal input up to unit size), so that no number of
+      steps converges: a warning says so;
+    - a tensor of shape [D] (every token) or [T, D] (row t for token t; all prompts have T tokens),
+      in the scale in which the model takes ``inputs_embeds``.
+
+    Raises ValueError for an unknown name, a special token that the tokenizer lacks, or a tensor of
+    another shape.
+    """
+
+    def __init__(self, decoder: DecoderView, tokenizer: Any, baseline: str | Tensor) -> None:
+        self._decoder = decoder
+        self._bos_token_id: int | None = tokenizer.bos_token_id
+        if isinstance(baseline, Tensor):
+            self.name = "tensor"
+            self._embedding = _checked_tensor(decoder, baseline)
+        elif baseline == "mean":
+            self.name = baseline
+            self._embedding = _mean_embedding(decoder, len(tokenizer))
+        elif baseline == "zero":
+            if not _adds_position_embeddings(decoder):
+                warnings.warn(
+                    "the zero baseline does not converge on a model without position embeddings: "
+                    "its first norm scales an infinitesimal input up to unit size. Use 'bos' or "
+                    "'mean'",
+                    stacklevel=3,
+                )
+            self.name = baseline
+            self._embedding = torch.zeros_like(_embed(decoder, [0])[0])
+        elif baseline in BASELINES:
+            token, token_id = _special_token(tokenizer, baseline)
+            self.name = token
+            self._embedding = _embed(decoder, [token_id])[0]
+        else:
+            raise ValueError(
+                f"baseline must be one of {', '.join(BASELINES)} or a tensor, got {baseline!r}"
+            )
+
+    def check_length(self, n_tokens: int) -> None:
+        """Raises ValueError where a [T, D] baseline meets a prompt of ``n_tokens`` other than T."""
+        if self._embedding.ndim == 2 and self._embedding.shape[0] != n_tokens:
+            raise ValueError(
+                f"the baseline tensor has {self._embedding.shape[0]} rows, the prompt {n_tokens} "
+                "tokens; give [D], or prompts of that length"
+            )
+
+    def embeddings(self, prompt_ids: TokenIds, inputs_embeds: Tensor) -> Tensor:
+        """The start of the path for one prompt.
+
+        ``inputs_embeds`` [T, D] are the prompt's real embeddings; the result has the same shape,
+        dtype and device.
+        """
+        if self._embedding.ndim == 2:
+            self.check_length(len(prompt_ids))
+            return self._embedding.clone()
+        start = self._embedding.expand_as(inputs_embeds).clone()
+        if prompt_ids[0] == self._bos_token_id:
+            start[0] = inputs_embeds[0]
+        return start
+
+
+def _embed(decoder: DecoderView, token_ids: list[int]) -> Tensor:
+    """[len(token_ids), D], as the model takes its ``inputs_embeds``."""
+    device = next(decoder.embedding.parameters()).device
+    with torch.no_grad():
+        return decoder.embed(torch.tensor([token_ids], device=device))[0]
+
+
+def _checked_tensor(decoder: DecoderView, baseline: Tensor) -> Tensor:
+    example = _embed(decoder, [0])[0]
+    if baseline.ndim not in (1, 2) or baseline.shape[-1] != example.shape[-1]:
+        raise ValueError(
+            f"baseline tensor must be [D] or [T, D] with D = {example.shape[-1]}, the width of the "
+            f"model's input embeddings, got shape {list(baseline.shape)}"
+        )
+    return baseline.detach().to(example)
+
+
+def _mean_embedding(decoder: DecoderView, vocabulary: int, chunk: int = 8192) -> Tensor:
+    """The mean over the tokenizer's tokens: rows that only pad the matrix were never trained."""
+    vocabulary = min(vocabulary, next(decoder.embedding.parameters()).shape[0])
+    example = _embed(decoder, [0])[0]
+    total = torch.zeros_like(example, dtype=torch.float64)
+    for start in range(0, vocabulary, chunk):
+        ids = list(range(start, min(start + chunk, vocabulary)))
+        total += _embed(decoder, ids).sum(0, dtype=torch.float64)
+    return (total / vocabulary).to(example)
+
+
+def _special_token(tokenizer: Any, name: str) -> tuple[str, int]:
+    for candidate in ("bos", "eos", "pad") if name == "bos" else (name,):
+        token_id = getattr(tokenizer, f"{candidate}_token_id", None)
+        if token_id is not None:
+            if candidate != name:
+                warnings.warn(
+                    f"the tokenizer has no BOS token: the baseline uses {candidate.upper()} "
+                    f"(id {token_id})",
+                    stacklevel=4,
+                )
+            return candidate, token_id
+    raise ValueError(
+        f"baseline {name!r}: the tokenizer has no such token. Use 'mean', another special token "
+        "or a tensor"
+    )
+
+
+def max_positions(decoder: DecoderView) -> int | None:
+    """The longest sequence the model was made for, where its configuration says so."""
+    config = getattr(unwrap(decoder.model), "config", None)
+    text_config = config.get_text_config() if config is not None else None
+    return getattr(text_config, "max_position_embeddings", None)
+
+
+def _adds_position_embeddings(decoder: DecoderView) -> bool:
+    """Whether a second embedding table, as long as the context, stands beside the token table."""
+    positions = max_positions(decoder)
+    return positions is not None and any(
+        isinstance(module, nn.Embedding)
+        and module is not decoder.embedding
+        and module.num_embeddings >= positions
+        for module in decoder.model.modules()
+    )

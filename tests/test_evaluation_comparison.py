@@ -1,0 +1,204 @@
+"""evaluate, on models whose every probability is known, and batched against one by one."""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, PreTrainedModel
+
+from grains_ext.encoding import encode_prompt
+from grains_ext.evaluation import evaluate, measure
+from grains_ext.evaluation.generation import generate, says
+from grains_ext.pairs import PreferencePair
+from tests.models import VOCAB_SIZE, tiny_model, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+EOS = "<eos>"
+
+
+def token(word: str) -> int:
+    (token_id,) = TOKENIZER(word, add_special_tokens=False)["input_ids"]
+    return token_id
+
+
+def bigram_model(table: dict[str, dict[str, float]]) -> PreTrainedModel:
+    """A Llama that is exactly a bigram model: p(next | last) from the table, else uniform.
+
+    Its embeddings are one-hot and its blocks add nothing, so the head reads the last token's row.
+    """
+    model = tiny_model("llama", hidden_size=VOCAB_SIZE, num_hidden_layers=1, rms_norm_eps=0.0)
+    assert isinstance(model, LlamaForCausalLM)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(torch.eye(VOCAB_SIZE))
+        model.model.layers[0].self_attn.o_proj.weight.zero_()
+        model.model.layers[0].mlp.down_proj.weight.zero_()
+        model.model.norm.weight.fill_(VOCAB_SIZE**-0.5)  # undoes RMSNorm's sqrt(D)
+        model.lm_head.weight.zero_()
+        for last, following in table.items():
+            rest = (1 - sum(following.values())) / (VOCAB_SIZE - len(following))
+            model.lm_head.weight[:, token(last)] = math.log(rest)
+            for word, p in following.items():
+                model.lm_head.weight[token(word), token(last)] = math.log(p)
+    return model
+
+
+# After " sky": " blue" or " green a rose", which wins only per token.
+TABLE = {
+    " sky": {" blue": 0.5, " green": 0.3, EOS: 0.1},
+    " green": {" a": 0.8, EOS: 0.1},
+    " a": {" rose": 0.9},
+    " blue": {" is": 0.9},
+    " is": {" blue": 0.9},
+    " rose": {EOS: 0.9},
+    " sea": {" green": 0.9},
+    " home": {" of": 0.9},
+    " of": {EOS: 0.9},
+}
+PAIRS = [
+    PreferencePair("what is the sky", "green a rose", "blue", id="sky"),
+    PreferencePair("the sea", "green", "red"),
+    PreferencePair("my home", "of a truth", "truth"),
+]
+
+
+def test_known_margins_generations_and_perplexity() -> None:
+    result = measure(bigram_model(TABLE), TOKENIZER, PAIRS, neutral_texts=[" sea green a rose"])
+    sky, sea, _ = result.outcomes
+    chosen = math.log(0.3) + math.log(0.8) + math.log(0.9)
+    assert sky.margin == pytest.approx(chosen - math.log(0.5), abs=1e-5)
+    assert sky.margin_per_token == pytest.approx(chosen / 3 - math.log(0.5), abs=1e-5)
+    assert sea.margin == pytest.approx(math.log(0.9) - math.log(0.1 / 127), abs=1e-4)
+    assert result.right("accuracy") == [False, True, False]
+    assert result.right("accuracy_per_token") == [True, True, True]
+    assert (result.accuracy.successes, result.accuracy.n) == (1, 3)
+    assert result.mean_margin == pytest.approx(sum(o.margin for o in result.outcomes) / 3)
+
+    # Five new tokens: the longest chosen answer has three.
+    assert [o.generated for o in result.outcomes] == [
+        " blue is blue is blue",
+        " green a rose",
+        " of",
+    ]
+    assert result.right("exact_match") == [False, True, False]
+    # " sea" after BOS is uniform over the vocabulary.
+    negative = math.log(VOCAB_SIZE) - sum(map(math.log, (0.9, 0.8, 0.9)))
+    assert result.perplexity == pytest.approx(math.exp(negative / 4), rel=1e-4)
+
+
+class Recolor:
+    """Stands for steering: swaps two words of the model's head while applied."""
+
+    @contextmanager
+    def applied(self, model: PreTrainedModel) -> Iterator[None]:
+        rows = [token(" blue"), token(" green")]
+        weight = model.lm_head.weight
+        with torch.no_grad():
+            weight[rows] = weight[rows[::-1]].clone()
+            yield
+            weight[rows] = weight[rows[::-1]].clone()
+
+
+def test_before_and_after() -> None:
+    model = bigram_model(TABLE)
+    vectors: Any = Recolor()
+    report = evaluate(
+        model, TOKENIZER, iter(PAIRS), vectors=vectors, neutral_texts=["the rose"], progress=False
+    )
+    assert report.steered is not None
+    assert report.unsteered.right("accuracy") == [False, True, False]
+    assert report.steered.right("accuracy") == [True, False, False]
+    assert report.steered.outcomes[0].generated == " green a rose"
+    change = report.changes()["accuracy"]
+    assert (change.gained, change.lost, change.p_value) == (1, 1, 1.0)
+    assert report.changes()["exact_match"].lost == 1
+    # The model is itself again.
+    again = evaluate(model, TOKENIZER, PAIRS, neutral_texts=["the rose"], progress=False)
+    assert again.unsteered == report.unsteered
+
+    plain = json.loads(json.dumps(report.as_dict(), allow_nan=False))
+    assert plain["n_pairs"] == 3
+    assert plain["unsteered"]["accuracy"]["value"] == pytest.approx(1 / 3)
+    assert plain["steered"]["outcomes"][0]["says_chosen"] is True
+    assert set(plain["changes"]) == {"accuracy", "accuracy_per_token", "exact_match"}
+    table = str(report)
+    assert "33.3% [6.1, 79.2]" in table
+    assert "perplexity" in table
+    assert "[+" in table or "[-" in table  # the change and its interval
+
+
+def test_only_what_was_asked_for() -> None:
+    report = evaluate(bigram_model(TABLE), TOKENIZER, PAIRS, generate=False, progress=False)
+    assert report.steered is None
+    assert report.unsteered.exact_match is None
+    assert report.unsteered.perplexity is None
+    assert report.changes() == {}
+    assert json.loads(json.dumps(report.as_dict()))["steered"] is None
+    assert "steered" not in str(report).replace("unsteered", "")
+    assert "exact match" not in str(report)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "opt", "gpt_neox"])
+def test_batches_generate_what_single_prompts_do(family: str) -> None:
+    model = tiny_model(family)
+    texts = ["the sky", "what is the color of the sea", "a rose is a rose is a rose", "lie", "q"]
+    prompts = [encode_prompt(TOKENIZER, text) for text in texts]
+    one_by_one = [
+        generate(model, TOKENIZER, [prompt], max_new_tokens=8, pad_id=3)[0] for prompt in prompts
+    ]
+    assert generate(model, TOKENIZER, prompts, max_new_tokens=8, pad_id=3) == one_by_one
+    packed = generate(model, TOKENIZER, prompts, max_new_tokens=8, pad_id=3, max_batch_tokens=60)
+    assert packed == one_by_one
+    assert len(set(one_by_one)) > 1
+
+
+def test_generation_is_greedy_whatever_the_model_is_set_to() -> None:
+    model = bigram_model(TABLE)
+    prompts = [encode_prompt(TOKENIZER, "the sky")]
+    model.generation_config.do_sample = True
+    model.generation_config.temperature = 5.0
+    model.generation_config.repetition_penalty = 100.0
+    model.generation_config.no_repeat_ngram_size = 1
+    settings = model.generation_config.to_dict()
+    assert generate(model, TOKENIZER, prompts, max_new_tokens=4, pad_id=3) == [" blue is blue is"]
+    assert model.generation_config.to_dict() == settings
+
+
+def test_any_end_token_of_the_model_ends_a_text() -> None:
+    model = bigram_model(TABLE)
+    model.generation_config.eos_token_id = [2, token(" a")]
+    prompts = [encode_prompt(TOKENIZER, text) for text in ("the sea", "the sky")]
+    assert generate(model, TOKENIZER, prompts, max_new_tokens=4, pad_id=0) == [
+        " green",
+        " blue is blue is",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("generated", "answer", "expected"),
+    [
+        (" blue", "blue", True),
+        (" blue.", "blue", True),
+        ("blue or\nso", " blue  or so", True),
+        ("blueish", "blue", False),
+        ("Blue", "blue", False),
+        ("it is blue", "blue", False),
+        ("blu", "blue", False),
+        ("", "blue", False),
+        ("yes!yes", "yes!", True),
+    ],
+)
+def test_says(generated: str, answer: str, expected: bool) -> None:
+    assert says(generated, answer) is expected
+
+
+def test_errors() -> None:
+    model = bigram_model(TABLE)
+    with pytest.raises(ValueError, match="no pairs"):
+        evaluate(model, TOKENIZER, [], progress=False)
+    pair = PreferencePair("the sky", "blue", "red", images=("sky.png",), id="picture")
+    with pytest.raises(ValueError, match=r"pair 3 \(id 'picture'\).*images"):
+        evaluate(model, TOKENIZER, [*PAIRS, pair], progress=False)
