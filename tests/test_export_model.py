@@ -1,0 +1,207 @@
+"""Torch models exported with their steering, against the hooked torch model."""
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from transformers import AutoConfig, AutoTokenizer, MambaConfig, MambaForCausalLM
+
+from grains_ext import export
+from grains_ext.export.generate import OnnxDecoder
+from grains_ext.steering.vectors import SteeringVectors
+from tests.exports import exported_llama, random_vectors
+from tests.models import tiny_model, tiny_tokenizer
+
+
+def quiet() -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return options
+
+
+def test_the_export_agrees_with_the_hooked_model() -> None:
+    parity = exported_llama().parity
+    assert parity.steps == 32
+    assert parity.library is not None
+    assert parity.max_absolute_error < 1e-4
+    assert parity.max_relative_error < 1e-4
+    assert parity.fused_nodes == {"SkipSteerRmsNorm": 4}
+
+
+def test_verify_sees_a_wrong_strength() -> None:
+    exported = exported_llama()
+    parity = export.verify(
+        exported.model, exported.vectors, exported.folder / "model.onnx", strength=1.6, steps=2
+    )
+    assert parity.stock.prefill > 1e-3
+    assert parity.stock.decode > 1e-3
+
+
+def test_the_unsteered_graph_is_kept_and_shares_its_weights() -> None:
+    exported = exported_llama()
+    unsteered = exported.folder / "model_unsteered.onnx"
+    parity = export.verify(exported.model, exported.vectors, unsteered, strength=0.0, steps=4)
+    assert parity.max_absolute_error < 1e-4
+    assert parity.fused_nodes == {}
+    data = exported.folder / "model.onnx.data"
+    assert data.stat().st_size > 4 * 128 * 32
+    assert unsteered.stat().st_size + data.stat().st_size < 2 * data.stat().st_size + 10**6
+
+
+def test_the_folder_is_complete() -> None:
+    exported = exported_llama()
+    folder = exported.folder
+    assert AutoConfig.from_pretrained(folder).num_hidden_layers == 4
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer("the sky is blue").input_ids == exported.tokenizer("the sky is blue").input_ids
+    vectors = SteeringVectors.from_pretrained(folder)
+    assert vectors.strength == exported.vectors.strength
+    assert torch.equal(vectors.directions[3], exported.vectors.directions[3])
+    record = json.loads((folder / "grains_export.json").read_text())
+    assert record["model_type"] == "llama"
+    assert record["versions"].keys() == {
+        "grains_ext", "torch", "transformers", "onnx", "onnxscript",
+    }  # fmt: skip
+    assert [entry["block"] for entry in record["steered"]] == [0, 1, 2, 3]
+    assert record["parity"]["library"]["decode"] < 1e-4
+    # Nothing is left of the work, and the folder is not private to its maker.
+    assert [path.name for path in folder.parent.iterdir()] == ["steered"]
+    assert folder.stat().st_mode & stat.S_IRGRP
+
+
+def test_the_graph_names_its_inputs_as_other_runtimes_expect() -> None:
+    graph = onnx.load(str(exported_llama().folder / "model.onnx"), load_external_data=False).graph
+    kinds = [f"{i}.{kind}" for i in range(4) for kind in ("key", "value")]
+    names = ["input_ids", "attention_mask", "position_ids"]
+    names += [f"past_key_values.{kind}" for kind in kinds]
+    assert [value.name for value in graph.input][: len(names)] == names
+    assert [value.name for value in graph.output] == ["logits", *(f"present.{k}" for k in kinds)]
+    dims = {
+        value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+        for value in graph.input
+    }
+    assert dims["input_ids"] == ["batch_size", "sequence_length"]
+    assert dims["past_key_values.0.key"] == ["batch_size", 2, "past_sequence_length", 8]
+
+
+@pytest.mark.parametrize("library", [False, True])
+def test_generation_equals_the_hooked_model(library: bool) -> None:
+    exported = exported_llama()
+    session = export.session(
+        exported.folder / "model.onnx", library=library, session_options=quiet()
+    )
+    exported.tokenizer.padding_side = "left"
+    texts = ["the sky is", "grandma says the rose is", "q"]
+    batch = exported.tokenizer(texts, return_tensors="pt", padding=True)
+    with exported.vectors.applied(exported.model):
+        expected = exported.model.generate(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            max_new_tokens=12,
+            min_new_tokens=12,
+            eos_token_id=None,
+            pad_token_id=3,
+        )
+    width = batch.input_ids.shape[1]
+    tokens = OnnxDecoder(session).generate(
+        batch.input_ids.numpy(), batch.attention_mask.numpy(), max_new_tokens=12
+    )
+    np.testing.assert_array_equal(tokens, expected[:, width:].numpy())
+
+
+def test_overrides_switch_the_steering_off() -> None:
+    exported = exported_llama()
+    session = export.session(exported.folder / "model.onnx", session_options=quiet())
+    ids = np.array([[1, 20, 40, 60]])
+    steered = OnnxDecoder(session)
+    unsteered = OnnxDecoder(session, overrides={"grains.strength": np.array(0, np.float32)})
+    with torch.no_grad():
+        expected = exported.model(torch.from_numpy(ids)).logits.numpy()
+    mask = np.ones_like(ids)
+    np.testing.assert_allclose(unsteered.step(ids, mask)[0], expected, atol=1e-4)
+    assert np.abs(steered.step(ids, mask)[0] - expected).max() > 0.1
+
+
+def test_generation_stops_where_all_rows_have_ended() -> None:
+    session = export.session(exported_llama().folder / "model.onnx", session_options=quiet())
+    decoder = OnnxDecoder(session)
+    ids = np.array([[1, 20, 40], [1, 30, 50]])
+    free = decoder.generate(ids, max_new_tokens=8)
+    end = int(free[0, 0])
+    rows = decoder.generate(ids, max_new_tokens=8, eos_token_id=end)
+    assert (rows[0] == end).all()
+    until = list(free[1]).index(end) + 1 if end in free[1] else 8
+    assert rows.shape == (2, until)
+    np.testing.assert_array_equal(rows[1], free[1, :until])
+    assert decoder.generate(ids, max_new_tokens=0).shape == (2, 0)
+
+
+def test_a_graph_with_other_inputs_is_refused_by_the_decoder(tmp_path: Path) -> None:
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    node = onnx.helper.make_node("Identity", ["x"], ["y"])
+    output = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+    graph = onnx.helper.make_graph([node], "g", [value], [output])
+    opsets = [onnx.helper.make_opsetid("", 18)]
+    model = onnx.helper.make_model(graph, ir_version=9, opset_imports=opsets)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    with pytest.raises(ValueError, match="expected input_ids"):
+        OnnxDecoder(session)
+
+
+def test_models_without_a_plain_cache_are_refused_by_family(tmp_path: Path) -> None:
+    config = MambaConfig(vocab_size=16, hidden_size=16, state_size=4, num_hidden_layers=1)
+    with pytest.raises(export.ExportError, match=r"type 'mamba'.*inject\(\)"):
+        export.export_graph(MambaForCausalLM(config), tmp_path / "model.onnx")
+
+
+def test_wrong_arguments_are_refused_before_the_export(tmp_path: Path) -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    vectors = random_vectors()
+    with pytest.raises(ValueError, match="hidden size"):
+        export.export_model(model, tokenizer, random_vectors(size=5), tmp_path / "out")
+    with pytest.raises(ValueError, match="block"):
+        export.export_model(model, tokenizer, random_vectors([9]), tmp_path / "out")
+    with pytest.raises(ValueError, match="opset is 12"):
+        export.export_model(model, tokenizer, vectors, tmp_path / "out", opset=12)
+    with pytest.raises(ValueError, match=r"dtype is torch\.float64"):
+        export.export_model(model, tokenizer, vectors, tmp_path / "out", dtype=torch.float64)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        export.export_model(model, tokenizer, vectors, tmp_path)
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        export.export_model(model, tokenizer, vectors, tmp_path / "notes.txt")
+
+
+# Families that differ in structure, each with one of the ways to export: exports are slow.
+FAMILY_EXPORTS: dict[str, dict[str, Any]] = {
+    "qwen2": {"dtype": torch.float16},
+    "mistral": {"fuse": False},
+    "gemma2": {},
+    "phi": {"opset": 18},
+    "gpt2": {"baked": True},
+    "gpt_neox": {},
+    "opt": {},
+    "olmo2": {"opset": 23},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILY_EXPORTS)
+def test_families_export(family: str, tmp_path: Path) -> None:
+    # A window shorter than the prompts of `verify`, so that the mask of the exported graph counts.
+    sliding = {"sliding_window": 6} if family in {"mistral", "gemma2"} else {}
+    model = tiny_model(family, num_hidden_layers=2, **sliding)
+    options = FAMILY_EXPORTS[family]
+    parity = export.export_model(
+        model, tiny_tokenizer(), random_vectors(range(2)), tmp_path / "out", **options
+    )
+    assert parity is not None
+    assert parity.max_relative_error < (1e-4 if "dtype" not in options else 2e-2)
+    assert sum(parity.fused_nodes.values()) == 2
