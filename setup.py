@@ -17,6 +17,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+PACKAGE = "grains_ext"
 
 
 def torch_root() -> Path:
@@ -41,13 +42,12 @@ class CMakeBuild(build_ext):
     """One CMake build makes all libraries; the Extension entry only tells setuptools of _C."""
 
     def build_extension(self, ext: Extension) -> None:
-        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         # One folder of our own, not pip's temporary one: a rebuild then compiles what changed.
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
-            f"-DGRAINS_OUTPUT_DIR={output}",
+            f"-DGRAINS_OUTPUT_DIR={build / PACKAGE}",
             f"-DGRAINS_TORCH_ROOT={torch_root()}",
             f"-Dpybind11_DIR={pybind11_cmake_dir()}",
             f"-DPython_EXECUTABLE={sys.executable}",
@@ -62,6 +62,17 @@ class CMakeBuild(build_ext):
         environment = {**os.environ, "PATH": scripts + os.pathsep + os.environ.get("PATH", "")}
         subprocess.run(configure, check=True, env=environment)
         subprocess.run(["cmake", "--build", str(build)], check=True, env=environment)
+        self._copy(build / PACKAGE, Path(self.get_ext_fullpath(ext.name)).parent)
+
+    def copy_extensions_to_source(self) -> None:
+        """In place and editable: setuptools copies _C only, the op libraries go with it."""
+        super().copy_extensions_to_source()
+        self._copy(Path(self.build_lib) / PACKAGE, ROOT / PACKAGE)
+
+    def _copy(self, source: Path, target: Path) -> None:
+        target.mkdir(parents=True, exist_ok=True)
+        for library in sorted(source.glob("*.so")):
+            self.copy_file(str(library), str(target))
 
 
 setup(
