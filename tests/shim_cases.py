@@ -12,7 +12,7 @@ import numpy as np
 from tests.shim import DTYPES, Array, Shim, placed
 
 DIMS = (1, 2, 3, 7, 8, 31, 64, 127, 512, 4096, 5120, 8192, 16384)
-SANITIZED_DIMS = (1, 3, 7, 8, 31, 64, 512, 1032, 16384)  # every shape of a launch, in fewer sizes
+SANITIZED_DIMS = (1, 7, 8, 31, 64, 1032, 16384)  # every shape of a launch, in fewer sizes
 STEER, RMS, LAYER = "steer_add_normalize", "skip_steer_rms_norm", "skip_steer_layer_norm"
 INTERPOLATE, ACCUMULATE = "ig_interpolate", "ig_accumulate"
 
