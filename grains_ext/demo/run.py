@@ -73,7 +73,7 @@ def run_demo(
     output = Path(output_dir)
     output.mkdir(parents=True, exist_ok=True)
     console = console or Console()
-    with tempfile.TemporaryDirectory(prefix=".demo-", dir=output) as work:
+    with one_thread(), tempfile.TemporaryDirectory(prefix=".demo-", dir=output) as work:
         demo = _Demo(Path(work), seed, compare.QUICK if quick else compare.Sizes(), console)
         result = demo.run()
         for name in OUTPUTS:
@@ -82,6 +82,17 @@ def run_demo(
             Path(work, name).replace(output / name)
     console.print(f"\nWritten to {output}: {', '.join(OUTPUTS)}", highlight=False, markup=False)
     return result
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch on one thread: for half a million parameters a second one costs more than it gives."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Demo:
