@@ -15,7 +15,6 @@ from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
-import onnxruntime
 import torch
 from rich.console import Console
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -30,8 +29,11 @@ from grains_ext.demo.train import MODEL_DIR
 from grains_ext.encoding import encode_prompt
 from grains_ext.evaluation.generation import generate
 from grains_ext.export.model import GRAPH_NAME, UNSTEERED_NAME
+from grains_ext.export.runtime import require_onnxruntime
 from grains_ext.report import Generation, write_report
 from grains_ext.steering import SteeringVectors
+
+onnxruntime = require_onnxruntime()
 
 OUTPUTS = ("vectors", "onnx", "demo.json", "report.html")
 # Held-out prompts that are shown: always the first ones of the draw.
