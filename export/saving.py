@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import filecmp
-import os
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import onnx
 from onnx import TensorProto
 
 from grains_ext.export.locate import GraphError
+from grains_ext.files import replacing
 
 
 def save_graph(model: onnx.ModelProto, source: Path, target: Path) -> None:
@@ -26,13 +26,9 @@ def save_graph(model: onnx.ModelProto, source: Path, target: Path) -> None:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     _place_external_data(model, source.parent, target.parent)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(target) as temporary:
         _check(model, temporary, source)
         onnx.save(model, str(temporary))
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _check(model: onnx.ModelProto, temporary: Path, source: Path) -> None:
@@ -83,12 +79,8 @@ def _place_external_data(model: onnx.ModelProto, source: Path, target: Path) -> 
                 f"'{copy}' holds other weights; choose another output folder, or remove it"
             )
         copy.parent.mkdir(parents=True, exist_ok=True)
-        temporary = copy.with_name(f".{copy.name}.{os.getpid()}.tmp")
-        try:
+        with replacing(copy) as temporary:
             shutil.copyfile(origin, temporary)
-            os.replace(temporary, copy)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def _tensors(graph: onnx.GraphProto) -> Iterator[TensorProto]:

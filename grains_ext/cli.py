@@ -68,16 +68,6 @@ def _print_json(data: Any) -> None:
     sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
-def _write_text(path: Path, text: str) -> None:
-    """Write under a temporary name, then rename: a failure leaves no half-written file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 @app.command()
 def info(as_json: Json = False) -> None:
     """Show versions, the instruction set in use and which kernels would run.
@@ -149,6 +139,7 @@ def attribute(
     Example: [bold]grains attribute ./model pairs.jsonl -o attributions.jsonl[/bold]
     """
     from grains_ext.attribution import attribute as run
+    from grains_ext.files import write_text
     from grains_ext.pairs import load_pairs
 
     if n_steps != "auto" and not n_steps.isdecimal():
@@ -168,7 +159,7 @@ def attribute(
         max_batch_tokens=max_batch_tokens,
     )
     lines = [json.dumps(result.to_dict(), ensure_ascii=False) + "\n" for result in results]
-    _write_text(output, "".join(lines))
+    write_text(output, "".join(lines))
     converged = sum(result.converged for result in results)
     _err.print(f"{len(results)} pairs, {converged} within tolerance: {escape(str(output))}")
 

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from grains_ext.files import write_text
+
 Row = Mapping[str, Any]
 Message = Mapping[str, Any]
 
@@ -114,7 +116,7 @@ def save_pairs(pairs: Iterable[PreferencePair], path: str | Path) -> None:
         if pair.id is not None:
             row["id"] = pair.id
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    Path(path).write_text("".join(lines), encoding="utf-8")
+    write_text(Path(path), "".join(lines))
 
 
 def pair_from_row(row: Row | PreferencePair) -> PreferencePair:
