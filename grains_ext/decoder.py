@@ -19,12 +19,16 @@ class DecoderView:
 
     Block i is the i-th decoder block, 0-based; its output is the residual stream after it, before
     any final norm.
+
+    stack: the module that holds the blocks. It takes input embeddings as ``inputs_embeds``; in a
+        vision-language model they are those of text and images, merged.
     """
 
     model: nn.Module
     blocks: list[nn.Module]
     embedding: nn.Module
     head: nn.Module
+    stack: nn.Module
     final_norm: nn.Module | None
     hidden_size: int
 
@@ -57,7 +61,7 @@ class DecoderView:
             raise ValueError(f"{type(inner).__name__} shows no {lacking}: {_how_to_name(inner)}")
         stack, block_list = _find_blocks(inner, embedding_module, blocks)
         norm = _part(inner, "final_norm", final_norm)
-        if norm is None and stack is not None:
+        if norm is None:
             norms = (getattr(stack, name, None) for name in _FINAL_NORM_NAMES)
             norm = next((n for n in norms if isinstance(n, nn.Module)), None)
         return cls(
@@ -65,6 +69,7 @@ class DecoderView:
             blocks=list(block_list),
             embedding=embedding_module,
             head=head_module,
+            stack=stack,
             final_norm=norm,
             hidden_size=_hidden_size(inner, embedding_module),
         )
@@ -165,13 +170,13 @@ def _call(model: nn.Module, getter: str) -> nn.Module | None:
 
 def _find_blocks(
     model: nn.Module, embedding: nn.Module, path: str | None
-) -> tuple[nn.Module | None, Iterable[nn.Module]]:
+) -> tuple[nn.Module, Iterable[nn.Module]]:
     """(the module that holds the blocks, the blocks)."""
     if path is not None:
         named = _part(model, "blocks", path)
         if not isinstance(named, nn.ModuleList | nn.Sequential) or len(named) == 0:
             raise ValueError(f"blocks={path!r} must name a non-empty ModuleList, got {type(named)}")
-        return _at(model, path.rpartition(".")[0]), named
+        return model.get_submodule(path.rpartition(".")[0]), named
     n_blocks = getattr(_text_config(model), "num_hidden_layers", None)
     found = [
         (stack, child)

@@ -26,7 +26,7 @@ def encode_prompt(tokenizer: Any, prompt: str | list[Message]) -> TokenIds:
 
     Raises ValueError where there is no chat template for messages, or no token at all.
     """
-    text, templated = _prompt_text(tokenizer, prompt)
+    text, templated = prompt_text(tokenizer, prompt)
     ids = _tokenize(tokenizer, text, add_special_tokens=not templated)[0]
     if not ids:
         raise ValueError(f"the prompt {prompt!r} has no tokens")
@@ -79,21 +79,27 @@ def pair_name(index: int, pair: PreferencePair) -> str:
     return f"pair {index}" if pair.id is None else f"pair {index} (id {pair.id!r})"
 
 
-def _encode(
+def encode_text(
     tokenizer: Any,
-    prompt: str | list[Message],
+    text: str,
     continuations: list[str],
-    separator: str | None,
+    *,
+    separator: str | None = None,
+    add_special_tokens: bool = True,
 ) -> tuple[TokenIds, list[TokenIds]]:
-    text, templated = _prompt_text(tokenizer, prompt)
-    joined = [text + _joint(text, c, separator, templated) + c for c in continuations]
+    """Token ids of a text and of each of its continuations; see encode_continuation.
+
+    separator: None is one space, or nothing where either side brings white space.
+    add_special_tokens: whether the tokenizer adds its own, as BOS, to the text.
+    """
+    joined = [text + _joint(text, c, separator) + c for c in continuations]
     problem = ""
     # A second try with the prompt's trailing white space on the continuations' side.
     for head in dict.fromkeys((text, text.rstrip())):
-        prompt_ids = _tokenize(tokenizer, head, add_special_tokens=not templated)[0]
+        prompt_ids = _tokenize(tokenizer, head, add_special_tokens=add_special_tokens)[0]
         tails = []
         for whole in joined:
-            ids, ends = _tokenize(tokenizer, whole, add_special_tokens=not templated)
+            ids, ends = _tokenize(tokenizer, whole, add_special_tokens=add_special_tokens)
             n = len(prompt_ids)
             # The offsets catch what equal ids hide: one <unk> for a word over the boundary.
             crosses = ends is not None and 0 < n <= len(ends) and ends[n - 1] > len(head)
@@ -102,7 +108,7 @@ def _encode(
                 break
             tails.append(ids[n:])
         if len(tails) == len(joined):
-            return _checked(prompt, prompt_ids, continuations, tails)
+            return _checked(text, prompt_ids, continuations, tails)
     raise ValueError(
         "the tokenizer merges the end of the prompt with the start of the continuation, around "
         f"{problem!r}, so the prompt's tokens are no prefix of the whole: end the prompt at a "
@@ -110,28 +116,48 @@ def _encode(
     )
 
 
-def _checked(
+def _encode(
+    tokenizer: Any,
     prompt: str | list[Message],
+    continuations: list[str],
+    separator: str | None,
+) -> tuple[TokenIds, list[TokenIds]]:
+    text, templated = prompt_text(tokenizer, prompt)
+    placeholder = getattr(tokenizer, "image_token", None)
+    if placeholder and placeholder in text:
+        raise ValueError(
+            f"the prompt has a place for an image ({placeholder}), and no image is given with it"
+        )
+    return encode_text(
+        tokenizer,
+        text,
+        continuations,
+        separator="" if templated and separator is None else separator,
+        add_special_tokens=not templated,
+    )
+
+
+def _checked(
+    text: str,
     prompt_ids: TokenIds,
     continuations: list[str],
     tails: list[TokenIds],
 ) -> tuple[TokenIds, list[TokenIds]]:
     if not prompt_ids:
-        raise ValueError(f"the prompt {prompt!r} has no tokens")
+        raise ValueError(f"the prompt {text!r} has no tokens")
     for continuation, ids in zip(continuations, tails, strict=True):
         if not ids:
             raise ValueError(f"the continuation {continuation!r} has no tokens")
     return prompt_ids, tails
 
 
-def _joint(text: str, continuation: str, separator: str | None, templated: bool) -> str:
+def _joint(text: str, continuation: str, separator: str | None) -> str:
     if separator is not None:
         return separator
-    spaced = text[-1:].isspace() or continuation[:1].isspace()
-    return "" if templated or spaced else " "
+    return "" if text[-1:].isspace() or continuation[:1].isspace() else " "
 
 
-def _prompt_text(tokenizer: Any, prompt: str | list[Message]) -> tuple[str, bool]:
+def prompt_text(tokenizer: Any, prompt: str | list[Message]) -> tuple[str, bool]:
     """The prompt as text, and whether a chat template wrote it (with its own special tokens)."""
     if isinstance(prompt, str):
         return prompt, False

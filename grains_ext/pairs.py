@@ -4,7 +4,7 @@ import csv
 import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,13 @@ class PreferencePair:
 
     prompt: a string, or chat messages ({"role": ..., "content": ...}) for the tokenizer's chat
         template. chosen, rejected: the two continuations, different and not blank.
-    images: for vision-language models, in the order of the prompt's image placeholders.
+    images: for vision-language models, in the order of the prompt's image places: paths, PIL
+        images, arrays [height, width, channels] or records with `bytes` or `path`. They are opened
+        when they are needed (grains_ext.vision). URLs are refused: nothing is downloaded here.
     id: any name that finds the pair again in reports.
 
-    Raises ValueError where a field is missing, blank or of the wrong type, or chosen == rejected.
+    Raises ValueError where a field is missing, blank or of the wrong type, chosen == rejected, or
+    an image is a URL.
     """
 
     prompt: str | list[Message]
@@ -62,6 +65,11 @@ class PreferencePair:
                 raise ValueError(f"the {name} answer is empty")
         if self.chosen.strip() == self.rejected.strip():
             raise ValueError(f"chosen and rejected are the same: {_shown(self.chosen)}")
+        for image in self.images or ():
+            if isinstance(image, str) and "://" in image:
+                raise ValueError(
+                    f"the image {_shown(image)} is a URL: download it and give its path"
+                )
 
 
 def load_pairs(
@@ -71,6 +79,7 @@ def load_pairs(
 
     source: a .jsonl, .json (a list), .csv or .parquet file (the last needs pyarrow), or anything
         that yields mappings: a list, a generator, one split of a `datasets` object.
+        Relative paths of images in a file are looked up beside that file.
     skip_bad: go on after a bad row, and warn once with the number left out. Otherwise the first
         bad row raises ValueError with the file, the line and the reason.
 
@@ -78,12 +87,17 @@ def load_pairs(
 
         pairs = load_pairs("pairs.jsonl", skip_bad=True)
     """
-    name = str(source) if isinstance(source, str | Path) else "pairs"
+    file = Path(source) if isinstance(source, str | Path) else None
+    name = "pairs" if file is None else str(source)
     pairs: list[PreferencePair] = []
     problems: list[str] = []
     for where, read_row in _rows(source):
         try:
-            pairs.append(pair_from_row(read_row()))
+            pair = pair_from_row(read_row())
+            if file is not None and pair.images:
+                images = tuple(_from_folder(image, file.parent) for image in pair.images)
+                pair = replace(pair, images=images)
+            pairs.append(pair)
         except ValueError as error:
             problem = f"{name}, {where}: {error}"
             if not skip_bad:
@@ -100,9 +114,9 @@ def load_pairs(
 
 
 def save_pairs(pairs: Iterable[PreferencePair], path: str | Path) -> None:
-    """Writes pairs as JSON lines that load_pairs reads back.
+    """Writes pairs as JSON lines that load_pairs reads back, with absolute paths of images.
 
-    Raises TypeError where an image is no JSON value (save a path or URL in its place).
+    Raises TypeError where an image is no path (save it and give its path in its place).
     """
     lines = []
     for pair in pairs:
@@ -112,7 +126,10 @@ def save_pairs(pairs: Iterable[PreferencePair], path: str | Path) -> None:
             "rejected": pair.rejected,
         }
         if pair.images is not None:
-            row["images"] = list(pair.images)
+            row["images"] = [
+                str(Path(image).absolute()) if isinstance(image, str | Path) else image
+                for image in pair.images
+            ]
         if pair.id is not None:
             row["id"] = pair.id
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
@@ -242,6 +259,11 @@ def _same(row: Any) -> Any:
 # --- the shapes a row can have --------------------------------------------------------------------
 
 
+def _from_folder(image: Any, folder: Path) -> Any:
+    """An image's relative path as one below the folder; anything else as it is."""
+    return str((folder / image).absolute()) if isinstance(image, str | Path) else image
+
+
 def _first(fields: Row, names: Iterable[str]) -> Any:
     return next((fields[name] for name in names if name in fields), None)
 
@@ -250,7 +272,7 @@ def _one_answer(answer: Any) -> Any:
     """The answer's text, from a string, a list (the first) or one assistant message."""
     if isinstance(answer, list | tuple) and answer:
         if _is_messages(answer) and len(answer) == 1:
-            return answer[0]["content"]
+            return _text_of(answer[0]["content"])
         return answer[0]
     return answer
 
@@ -287,7 +309,20 @@ def _split_conversations(
             )
     if _is_messages(prompt):
         turns = [*prompt, *turns]
-    return turns or prompt, last_chosen["content"], last_rejected["content"]
+    chosen_text, rejected_text = (
+        _text_of(last_chosen["content"]),
+        _text_of(last_rejected["content"]),
+    )
+    return turns or prompt, chosen_text, rejected_text
+
+
+def _text_of(content: Any) -> Any:
+    """A message's content as a string where it is a list of text parts, as beside image parts."""
+    if isinstance(content, list | tuple) and all(
+        isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content
+    ):
+        return "".join(part["text"] for part in content)
+    return content
 
 
 def _is_messages(value: Any) -> bool:

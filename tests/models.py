@@ -65,7 +65,7 @@ def tiny_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)
-        _scale_weights(model)
+        scale_weights(model)
     # Generation in tests runs for a fixed number of tokens, greedily.
     model.generation_config.do_sample = False
     return model.to(dtype).eval()
@@ -103,7 +103,7 @@ def tiny_tokenizer(
     )
 
 
-def _scale_weights(model: nn.Module) -> None:
+def scale_weights(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.ndim >= 2:
             nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)

@@ -194,7 +194,7 @@ MESSAGES = st.lists(
 )
 def test_saved_pairs_load_back(tmp_path_factory: pytest.TempPathFactory, rows: list) -> None:
     pairs = [
-        PreferencePair(prompt, good, bad, ("a.png",), name) for prompt, good, bad, name in rows
+        PreferencePair(prompt, good, bad, ("/a.png",), name) for prompt, good, bad, name in rows
     ]
     path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
     save_pairs(pairs, path)
