@@ -15,7 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from grains_ext.attribution import Attribution, attribute
+    from grains_ext.attribution import Attribution, attribute, load_attributions
     from grains_ext.decoder import DecoderView
     from grains_ext.evaluation import EvaluationReport, evaluate
     from grains_ext.pairs import PreferencePair, load_pairs, save_pairs
@@ -26,6 +26,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Attribution": "grains_ext.attribution",
     "attribute": "grains_ext.attribution",
+    "load_attributions": "grains_ext.attribution",
     "DecoderView": "grains_ext.decoder",
     "EvaluationReport": "grains_ext.evaluation",
     "evaluate": "grains_ext.evaluation",
@@ -46,6 +47,7 @@ __all__ = [
     "attribute",
     "evaluate",
     "fit",
+    "load_attributions",
     "load_pairs",
     "save_pairs",
     "tune",

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from grains_ext.decoder import unwrap
 from grains_ext.encoding import TokenIds
@@ -85,21 +86,28 @@ def batches(lengths: Sequence[int], max_batch_tokens: int) -> list[list[int]]:
 
 def forward_logits(
     model: nn.Module,
-    attention_mask: Tensor,
+    attention_mask: Tensor | None,
     *,
     input_ids: Tensor | None = None,
     inputs_embeds: Tensor | None = None,
     last: int | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Cache | None = None,
 ) -> Tensor:
-    """Logits [B, T, V], or [B, last, V] for the last positions only, of one forward, no cache.
+    """Logits [B, T, V], or [B, last, V] for the last positions only, of one forward.
 
-    Positions follow the attention mask, so left padding changes nothing. The head runs only at
-    `last` positions where the model's forward takes logits_to_keep.
+    Positions follow a 2-D attention mask, so left padding changes nothing; with any other mask give
+    them. The head runs only at `last` positions where the model's forward takes logits_to_keep.
+    past_key_values: what the columns before are read from; it grows by this call.
     """
     accepted = inspect.signature(unwrap(model).forward).parameters
     kwargs: dict[str, object] = {"attention_mask": attention_mask, "use_cache": False}
+    if past_key_values is not None:
+        kwargs |= {"past_key_values": past_key_values, "use_cache": True}
     if "position_ids" in accepted:
-        kwargs["position_ids"] = position_ids_of(attention_mask)
+        if position_ids is None and attention_mask is not None:
+            position_ids = position_ids_of(attention_mask)
+        kwargs["position_ids"] = position_ids
     if last is not None and "logits_to_keep" in accepted:
         kwargs["logits_to_keep"] = last
     if inputs_embeds is not None:

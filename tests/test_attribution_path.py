@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from grains_ext.attribution.path import METHODS, Baseline, quadrature
+from grains_ext.attribution.path import RULES, Baseline, quadrature
 from grains_ext.decoder import DecoderView
 from tests.models import tiny_model, tiny_tokenizer
 
@@ -29,7 +29,7 @@ def decoder() -> DecoderView:
     return DecoderView.of(tiny_model("llama"))
 
 
-@given(method=st.sampled_from(METHODS), n_steps=st.integers(1, 200))
+@given(method=st.sampled_from(RULES), n_steps=st.integers(1, 200))
 def test_quadrature_integrates_lines_exactly(method: str, n_steps: int) -> None:
     nodes, weights = quadrature(method, n_steps)
     assert nodes.shape == weights.shape == (n_steps,)

@@ -5,12 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
-from grains_ext.demo import compare, show
+from grains_ext.demo import compare
 from grains_ext.demo.run import OUTPUTS, load_model, run_demo
 from grains_ext.demo.speed import Spread
 from grains_ext.evaluation import Proportion
@@ -129,20 +128,3 @@ def test_tuning_takes_the_variant_that_is_best_on_dev() -> None:
 
 def test_spread_is_median_and_tenths() -> None:
     assert Spread.of(list(range(101))) == Spread(50, 10, 90)
-
-
-def test_token_styles_tell_the_sign() -> None:
-    class Shown:
-        tokens = ("a", "b", "c")
-        scores = np.array([2.0, -2.0, 0.01], dtype=np.float32)
-        chosen, rejected, f_input = "x", "[bold]y", 0.5
-
-    text = io.StringIO()
-    console = Console(file=text, force_terminal=True, color_system="truecolor", width=100)
-    console.print(show.tokens(Shown()))  # type: ignore[arg-type]
-    printed = text.getvalue()
-    blue, orange = "48;2;76;156;201", "48;2;238;188;76"
-    assert f"{blue}ma" in printed
-    assert f"{orange}mb" in printed
-    assert "a +2.00" in printed
-    assert "[bold]y" in printed

@@ -6,10 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from grains_ext.attribution import Attribution
 from grains_ext.report import Generation, MethodRow, write_report
-from grains_ext.report.html import shades
+from grains_ext.report.tokens import attribution_fragment
+from grains_ext.report.view import shades
+from grains_ext.vision.grid import ImageGrid
+from tests.attributions import attribution
+from tests.test_attribution_result import image_grid
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 
@@ -42,31 +47,13 @@ class Page(HTMLParser):
         return [attrs for tag, attrs in self.tags if tag == "span" and attrs.get("role") == "img"]
 
 
-def attribution(tokens: tuple[str, ...], scores: list[float], **changes: object) -> Attribution:
-    values: dict[str, object] = {
-        "tokens": tokens,
-        "token_ids": tuple(range(len(tokens))),
-        "modality": ("text",) * len(tokens),
-        "scores": np.array(scores, dtype=np.float32),
-        "f_input": 1.25,
-        "f_baseline": -0.5,
-        "residual": 0.0125,
-        "evaluations": 18,
-        "n_steps": 16,
-        "converged": True,
-        "method": "gausslegendre",
-        "baseline": "bos",
-        "prompt": " ".join(tokens),
-        "chosen": "red",
-        "rejected": "blue",
-        "pair_id": "p-0",
-    }
-    return Attribution(**{**values, **changes})  # type: ignore[arg-type]
-
-
 def read(path: Path) -> tuple[str, Page]:
     text = path.read_text(encoding="utf-8")
     return text, Page(text)
+
+
+def assert_needs_no_network(text: str) -> None:
+    assert not re.search(r"https?:|[\"'(]//|url\((?!data:)|@import", text)
 
 
 def full_report(path: Path) -> tuple[str, Page]:
@@ -91,9 +78,9 @@ def test_report_is_well_formed_and_needs_no_network(tmp_path: Path) -> None:
     text, page = full_report(tmp_path / "new" / "report.html")
     tags = {tag for tag, _ in page.tags}
     assert text.startswith("<!DOCTYPE html>")
-    assert not re.search(r"(https?:)?//\w|url\(|@import", text)
+    assert_needs_no_network(text)
     assert not tags & {"script", "link", "img", "iframe", "object"}
-    assert "prefers-color-scheme: dark" in text
+    assert "color-scheme: light dark" in text
     assert "@media print" in text
     captions = sum(tag == "caption" for tag, _ in page.tags)
     assert captions == sum(tag == "table" for tag, _ in page.tags) == 3
@@ -137,13 +124,19 @@ def test_every_value_is_on_the_page(tmp_path: Path) -> None:
         "p-0",
     ):
         assert value in body
-    assert "beyond the tolerance" not in body
+    assert "do not trust" not in body
 
 
 def test_unconverged_attribution_says_so(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
-    write_report(path, title="t", attributions=[attribution(("a",), [1.0], converged=False)])
-    assert "beyond the tolerance" in " ".join(read(path)[1].texts)
+    wrong = attribution(("a",), [1.0], converged=False)
+    write_report(path, title="t", attributions=[attribution(("a",), [1.0]), wrong])
+    text, page = read(path)
+    assert text.count('class="failed"') == 1
+    assert [text for text in page.texts if "onverged" in text] == [
+        "converged: the scores add up within the tolerance",
+        "not converged: do not trust the values",
+    ]
 
 
 def test_an_empty_report_is_a_page(tmp_path: Path) -> None:
@@ -155,8 +148,13 @@ def test_an_empty_report_is_a_page(tmp_path: Path) -> None:
 def test_a_failure_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     write_report(path, title="old")
-    with pytest.raises(ValueError, match="zip"):
-        write_report(path, title="new", attributions=[attribution(("a", "b"), [1.0])])
+    with pytest.raises(ValueError, match="0 images, 1 pictures were given"):
+        write_report(
+            path,
+            title="new",
+            attributions=[attribution(("a",), [1.0])],
+            images=[[Image.new("RGB", (4, 4))]],
+        )
     assert "old" in read(path)[1].texts
     assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
 
@@ -165,3 +163,148 @@ def test_shades_keep_sign_and_order() -> None:
     assert shades([2.0, -4.0, 0.0]) == [0.5, -1.0, 0.0]
     assert shades([0.0, 0.0]) == [0.0, 0.0]
     assert shades([]) == []
+
+
+def test_shades_of_what_is_no_number() -> None:
+    assert shades([float("nan"), -1.0, float("inf")]) == [0.0, pytest.approx(0.0), 1.0]
+    assert shades([float("nan")]) == [0.0]
+
+
+# --- one attribution, with images -----------------------------------------------------------------
+
+
+def seen() -> Attribution:
+    """Two texts around an image of 40 x 20 pixels in two patches."""
+    return attribution(
+        ("what", "<image>", "<image>", "?"),
+        [1.0, 2.0, -0.5, -0.25],
+        modality=("text", "image", "image", "text"),
+        images=(image_grid(),),
+    )
+
+
+def patches(page: Page) -> list[dict[str, str | None]]:
+    return [attrs for _, attrs in page.tags if (attrs.get("class") or "").startswith("patch")]
+
+
+def test_a_page_of_its_own_and_a_fragment_are_well_formed_and_alone() -> None:
+    for text in (seen().to_html(), seen()._repr_html_()):
+        Page(text)
+        assert_needs_no_network(text)
+    assert seen().to_html().startswith("<!DOCTYPE html>")
+    # A fragment must not touch the page that it stands in: every rule is about .grains alone.
+    style = re.search(r"<style>(.*)</style>", seen()._repr_html_(), re.DOTALL)
+    assert style is not None
+    for selectors in re.findall(r"([^{}]+)\{", re.sub(r"/\*.*?\*/|@media \w+ \{", "", style[1])):
+        assert all(".grains" in selector for selector in selectors.split(","))
+
+
+def test_an_image_stands_among_the_tokens_with_its_sum() -> None:
+    page = Page(seen().to_html())
+    assert [token["title"] for token in page.tokens] == [
+        "what: +1.000",
+        "[image 1: 2 tokens]: +1.500",
+        "?: -0.250",
+    ]
+    assert page.tokens[1]["style"] == "--a: 0.750"
+    body = " ".join(" ".join(page.texts).split())
+    assert "Text tokens sum to +0.750, image tokens to +1.500" in body
+
+
+def test_patches_lie_where_their_pixels_are() -> None:
+    page = Page(seen().to_html())
+    left, right = patches(page)
+    assert left["title"] == "token 1: +2.000"
+    assert left["class"] == "patch pos strong"
+    assert left["style"] == "left: 0%; top: 0%; width: 50%; height: 100%; --a: 0.750"
+    assert right["title"] == "token 2: -0.500"
+    assert right["class"] == "patch neg"
+    assert right["style"] == "left: 50%; top: 0%; width: 50%; height: 100%; --a: 0.188"
+    [label] = [attrs["aria-label"] for _, attrs in page.tags if attrs.get("class") == "pictures"]
+    assert label == (
+        "Image 1, 40 × 20 pixels, 2 tokens that sum to +1.500; strongest patch +2.000, "
+        "25 % from the left and 50 % from the top"
+    )
+
+
+def test_a_picture_is_embedded_once_and_drawn_under_the_patches() -> None:
+    text = seen().to_html(images=[Image.new("RGB", (400, 200), "red")])
+    page = Page(text)
+    assert_needs_no_network(text)
+    assert text.count("data:image/png;base64,") == 1
+    assert sum("picture" in (attrs.get("class") or "").split() for _, attrs in page.tags) == 2
+    assert "data:image" not in seen().to_html()
+
+
+def test_pictures_that_are_not_the_attributed_ones_are_refused() -> None:
+    with pytest.raises(ValueError, match="1 images, 0 pictures"):
+        seen().to_html(images=[])
+    with pytest.raises(ValueError, match="20 x 20 pixels was given for an image of 40 x 20"):
+        seen().to_html(images=[Image.new("RGB", (20, 20))])
+
+
+def test_a_whole_image_and_its_tiles_are_layers_side_by_side() -> None:
+    whole, line_end = [0, 0, 1, 1], [0, 0, 0, 0]
+    tiles = [[0, 0, 0.5, 1], [0.5, 0, 1, 1]]
+    boxes = np.array([whole, *tiles, line_end], dtype=np.float32)
+    it = attribution(
+        ("<image>",) * 4,
+        [1.0, 0.5, 0.25, -0.5],
+        modality=("image",) * 4,
+        images=(ImageGrid((0, 1, 2, 3), boxes, (40, 20)),),
+    )
+    text = it.to_html()
+    page = Page(text)
+    assert sum("picture" in (attrs.get("class") or "").split() for _, attrs in page.tags) == 2
+    assert len(patches(page)) == 3
+    assert "tokens that stand for no pixels: -0.500" in text
+
+
+@pytest.mark.parametrize(
+    ("objective", "words"),
+    [
+        ("sum", "toward the rejected one"),
+        ("rejected", "toward the rejected answer"),
+        ("my_objective", "The objective my_objective is"),
+    ],
+)
+def test_the_words_are_those_of_the_objective(objective: str, words: str) -> None:
+    assert words in attribution(("a",), [1.0], objective=objective).to_html()
+
+
+def test_methods_without_completeness_promise_none() -> None:
+    text = attribution(("a",), [1.0], method="occlusion").to_html()
+    assert "scores of occlusion need not add up" in text
+    assert "do not trust" not in text
+
+
+def test_white_space_is_visible() -> None:
+    page = Page(attribution(("\n", " ", "", "a\n"), [1.0] * 4).to_html())
+    assert [token["title"] for token in page.tokens] == [
+        f"{token}: +1.000" for token in ("⏎", "␣", "∅", "a⏎")
+    ]
+
+
+def luminance(rgb: list[float]) -> float:
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("scheme", [0, 1])
+@pytest.mark.parametrize("colour", ["blue", "orange"])
+def test_text_on_the_strongest_token_is_readable(scheme: int, colour: str) -> None:
+    """WCAG 2 asks for a contrast of 4.5 between text and what is under it."""
+    text = attribution_fragment(seen())
+
+    def value(name: str) -> list[float]:
+        match = re.search(rf"--{name}: light-dark\(#(\w+), #(\w+)\)", text)
+        assert match is not None
+        code = match[scheme + 1]
+        return [int(code[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+
+    alpha = 0.75
+    pairs = zip(value(colour), value("page"), strict=True)
+    under = luminance([alpha * over + (1 - alpha) * page for over, page in pairs])
+    letters = luminance(value("text"))
+    low, high = sorted((under, letters))
+    assert (high + 0.05) / (low + 0.05) >= 4.5

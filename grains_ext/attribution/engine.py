@@ -1,31 +1,43 @@
-"""Contrastive Integrated Gradients, batched over steps, pairs and both continuations."""
+"""Contrastive attribution of many pairs: what `grains_ext.attribute` does."""
 
 from __future__ import annotations
 
-import math
+import hashlib
+import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
-import torch
-from rich.progress import Progress
-from torch import Tensor
+from torch import Tensor, nn
 
-from grains_ext import ops
-from grains_ext.attribution.objective import Batch, Branch
-from grains_ext.attribution.path import Baseline, max_positions, quadrature
+from grains_ext.attribution.evaluator import Evaluator
+from grains_ext.attribution.methods import method_of
+from grains_ext.attribution.objective import Objective
+from grains_ext.attribution.path import Baseline
+from grains_ext.attribution.points import Outcome
+from grains_ext.attribution.prepare import Prepared, Preparer
 from grains_ext.attribution.result import Attribution
-from grains_ext.decoder import DecoderView
-from grains_ext.encoding import EncodedPair, encode_pairs, pair_name
+from grains_ext.attribution.settings import Settings
+from grains_ext.attribution.span import Span
+from grains_ext.attribution.store import AttributionStore
+from grains_ext.decoder import DecoderView, unwrap
+from grains_ext.encoding import EncodedPair, encode_pair, pair_name
 from grains_ext.pairs import PreferencePair
-from grains_ext.progress import progress_bar
-from grains_ext.scoring import batches, frozen
+from grains_ext.progress import attribution_progress
+from grains_ext.scoring import frozen
+from grains_ext.vision import open_image
 
-# n_steps="auto": most pairs converge at the first count; at the last one a pair is given up.
-AUTO_STEPS = (16, 32, 64, 128)
+# Pairs are worked on in groups that only the pairs themselves decide, so that a run which is taken
+# up again makes the same model calls. Sorted by length within a window, and enough tokens in a
+# group to fill model calls (a path takes some 16 points), while an interruption loses little.
+_WINDOW = 1024
+_GROUP_TOKENS = {"cpu": 512, "cuda": 8192}
+# A guess, for grouping alone: it takes the processor to tell.
+_TOKENS_WITH_IMAGES = 256
 
 
 def attribute(
@@ -33,12 +45,21 @@ def attribute(
     tokenizer: Any,
     pairs: Iterable[PreferencePair],
     *,
+    method: str = "adaptive",
     baseline: str | Tensor = "bos",
-    method: str = "gausslegendre",
-    n_steps: int | str = "auto",
+    objective: Objective = "sum",
+    n_steps: int | Literal["auto"] = "auto",
     tolerance: float = 0.05,
-    max_batch_tokens: int = 4096,
+    top_k: int | None = None,
+    attributed_span: Span = None,
+    modalities: Sequence[str] = ("text", "image"),
+    image_baseline: str = "mean",
+    max_batch_tokens: int | Literal["auto"] = "auto",
+    seed: int = 0,
     separator: str | None = None,
+    output_dir: str | Path | None = None,
+    limit: int | None = None,
+    shard: tuple[int, int] | None = None,
     progress: bool = True,
     decoder: DecoderView | None = None,
 ) -> list[Attribution]:
@@ -51,248 +72,245 @@ def attribute(
     2017, equation 1; the contrastive objective is GrAInS's, arXiv 2507.18043.)
 
     Args:
-        model: a transformers causal LM in float32, bfloat16 or float16; its weights get no
-            gradients, and its training mode is restored. In the half precisions scores carry an
-            error of 1-2 %, so that a tolerance below 0.02 means nothing there.
-        tokenizer: its tokenizer.
+        model: a transformers causal LM or vision-language model in float32, bfloat16 or float16.
+            Its weights get no gradients, and its training mode is restored. In the half precisions
+            scores carry an error of 1-2 %, so that a tolerance below 0.02 means nothing there.
+        tokenizer: its tokenizer, or the processor of a vision-language model.
         pairs: what to attribute. Results come in the same order.
+        method: "adaptive" refines the path where its error is large; "gausslegendre" and
+            "riemann_middle" take n_steps points; "gradient_x_input", "smoothgrad" (n_steps noisy
+            copies) and "occlusion" are other methods on the same engine, to compare with. These
+            three promise no completeness: see ``residual``.
         baseline: "bos", "mean", "pad", "unk", "mask", "zero" or a tensor [D] or [T, D]; see
-            `grains_ext.attribution.path.Baseline`.
-        method: "gausslegendre" or "riemann_middle".
-        n_steps: points per path; "auto" doubles from 16 to 128 until a pair has converged.
+            `grains_ext.attribution.path.Baseline`. What text tokens start from.
+        objective: what f is: "sum", "mean" (per token), "first" (the first token in which the
+            answers differ), "chosen" or "rejected" (one answer alone), or a callable that takes
+            `grains_ext.attribution.objective.ScoredLogits` and returns a tensor [n].
+        n_steps: points per path. "auto" is a limit of 240 for "adaptive", 50 points for the others.
         tolerance: a pair has converged where |residual| <= tolerance * max(1, |f_input -
             f_baseline|): a share of the change of f, and an error in nats where f changes by less
-            than one.
+            than one. "adaptive" stops when the error estimates of all panels add up to no more, and
+            its last refinement moved the scores by no more.
+        top_k: for "adaptive", only the k strongest tokens of each sign must stand still, in place
+            of all scores: enough to choose tokens by.
+        attributed_span: the tokens that move along the path, (start, end) as in a slice,
+            "after_system", or all. The others keep their embedding and score 0. What stands before
+            them is read once, not at every point.
+        modalities: "text", "image" or both; tokens of the other kind keep their embedding.
+        image_baseline: what image tokens start from: "mean" (of the image's tokens), "blur" (the
+            features of the blurred image) or "zero".
         max_batch_tokens: tokens per model call, padding included; one sequence that is longer goes
-            alone. It bounds the memory. Where memory runs out, a call is split.
+            alone. "auto" predicts from the model's sizes what fits. Where memory runs out, it is
+            halved.
+        seed: of the noise of "smoothgrad".
         separator: joins prompt and continuation; None is the rule of `encode_pair`.
+        output_dir: a directory that results stream to; the same call goes on where an interrupted
+            one stopped, and gives the same bits. See `grains_ext.attribution.store`.
+        limit: only the first so many pairs.
+        shard: (i, n): only the i-th of n shares, 1 <= i <= n.
         progress: show a progress bar.
         decoder: the view of ``model``, where its parts must be named by hand.
 
-    Returns one Attribution per pair; pairs that did not converge are flagged and counted in a
-    warning. Raises ValueError for wrong arguments, and, naming the pair, for one that cannot be
-    attributed: images, an empty prompt or continuation, equal continuations, more tokens than the
-    model has positions.
+    Returns one Attribution per pair (of this limit and shard); pairs that did not converge are
+    flagged and counted in a warning. Raises ValueError for wrong arguments, and, naming the pair,
+    for one that cannot be attributed: an empty prompt or continuation, equal continuations, more
+    tokens than the model has positions, an image that does not open.
     """
-    step_counts = _step_counts(n_steps)
-    quadrature(method, step_counts[0])  # an unknown method is an error with no pairs as well
-    if max_batch_tokens < 1 or not tolerance > 0:
-        raise ValueError(
-            "max_batch_tokens and tolerance must be positive, got "
-            f"{max_batch_tokens} and {tolerance}"
-        )
-    pairs = list(pairs)
-    decoder = decoder or DecoderView.of(model)
-    text_tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-    start = Baseline(decoder, text_tokenizer, baseline)
-    encoded = encode_pairs(tokenizer, pairs, separator=separator)
-    for index, ids in enumerate(encoded):
-        try:
-            _check(decoder, start, ids)
-        except ValueError as error:
-            raise ValueError(f"{pair_name(index, pairs[index])}: {error}") from error
-    with frozen(decoder.model), progress_bar(progress) as bar:
-        engine = _Engine(decoder, start, encoded, max_batch_tokens, bar)
-        paths = engine.run(method, step_counts, tolerance)
-
-    failed = [
-        pair_name(index, pairs[index]) for index, path in enumerate(paths) if not path.converged
-    ]
-    if failed:
-        warnings.warn(
-            f"{len(failed)} of {len(pairs)} pairs did not converge to tolerance {tolerance} with "
-            f"{step_counts[-1]} steps ({', '.join(failed[:5])}{', ...' if failed[5:] else ''}): "
-            "see residual; take more steps or another baseline",
-            stacklevel=2,
-        )
-    return [
-        Attribution(
-            tokens=tuple(text_tokenizer.decode([token]) for token in ids.prompt_ids),
-            token_ids=ids.prompt_ids,
-            modality=("text",) * len(ids.prompt_ids),
-            scores=path.scores.astype(np.float32),
-            f_input=path.f_input,
-            f_baseline=path.f_baseline,
-            residual=path.residual,
-            evaluations=path.evaluations,
-            n_steps=path.n_steps,
-            converged=path.converged,
-            method=method,
-            baseline=start.name,
-            prompt=text_tokenizer.decode(ids.prompt_ids),
-            chosen=pair.chosen,
-            rejected=pair.rejected,
-            pair_id=pair.id,
-        )
-        for pair, ids, path in zip(pairs, encoded, paths, strict=True)
-    ]
-
-
-def _step_counts(n_steps: int | str) -> Sequence[int]:
-    if n_steps == "auto":
-        return AUTO_STEPS
-    if isinstance(n_steps, int) and n_steps >= 1:
-        return (n_steps,)
-    raise ValueError(f'n_steps must be "auto" or an integer of at least 1, got {n_steps!r}')
-
-
-def _check(decoder: DecoderView, start: Baseline, ids: EncodedPair) -> None:
-    start.check_length(len(ids.prompt_ids))
-    if ids.chosen_ids == ids.rejected_ids:
-        raise ValueError("chosen and rejected have the same tokens, their difference is always 0")
-    n_tokens = len(ids.prompt_ids) + max(len(ids.chosen_ids), len(ids.rejected_ids))
-    limit = max_positions(decoder)
-    # The last token of a continuation is predicted, never read.
-    if limit is not None and n_tokens - 1 > limit:
-        raise ValueError(
-            f"prompt and continuation have {n_tokens} tokens, the model has {limit} positions; "
-            "shorten the prompt"
-        )
+    settings = Settings(
+        method=method,
+        baseline=baseline,
+        objective=objective,
+        n_steps=n_steps,
+        tolerance=tolerance,
+        top_k=top_k,
+        attributed_span=attributed_span,
+        modalities=tuple(modalities),
+        image_baseline=image_baseline,
+        max_batch_tokens=max_batch_tokens,
+        seed=seed,
+        separator=separator,
+    )
+    _check_share(limit, shard)
+    run = _Run(model, tokenizer, list(pairs), settings, decoder)
+    groups = run.groups(shard, limit)
+    indices = sorted(index for group in groups for index in group)
+    with attribution_progress(progress, len(indices)) as meter:
+        if output_dir is None:
+            found: dict[int, Attribution] = {}
+            for group in groups:
+                found |= run.attribute_group(group, meter.count)
+            results = [found[index] for index in indices]
+        else:
+            with AttributionStore(output_dir, run.describe(), shard=shard) as store:
+                done = store.done
+                for group in groups:
+                    new = [index for index in group if index not in done]
+                    meter.skip(len(group) - len(new))
+                    if new:  # the whole group even so: other calls would round otherwise
+                        results_of = run.attribute_group(group, meter.count)
+                        store.append((index, results_of[index]) for index in new)
+                results = store.load(indices)
+    _warn_of_unconverged(results, run.pairs, indices)
+    return results
 
 
 @dataclass
-class _Path:
-    """What is known of one pair's path."""
+class _Run:
+    """One call of `attribute`: its pairs, checked and encoded, and the engine for them."""
 
-    scores: npt.NDArray[np.float64]
-    f_input: float = 0.0
-    f_baseline: float = 0.0
-    n_steps: int = 0
-    evaluations: int = 0
-    converged: bool = False
+    model: Any
+    processor: Any
+    pairs: Sequence[PreferencePair]
+    settings: Settings
+    decoder: DecoderView | None
+
+    def __post_init__(self) -> None:
+        self._view = self.decoder or DecoderView.of(self.model)
+        self._text_tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        self._baseline = Baseline(self._view, self._text_tokenizer, self.settings.baseline)
+        self._preparer = Preparer(self._view, self.processor, self._baseline, self.settings)
+        self._evaluator = Evaluator(self._view, self._preparer, self.settings)
+        self._encoded: list[EncodedPair | None] = []
+        for number, pair in enumerate(self.pairs):
+            with _naming(number, pair):
+                self._encoded.append(self._encode(pair))
+
+    def groups(self, shard: tuple[int, int] | None, limit: int | None) -> list[list[int]]:
+        """Numbers of the pairs that are worked on together; one share of these groups."""
+        groups: list[list[int]] = []
+        n_pairs = len(self.pairs) if limit is None else min(limit, len(self.pairs))
+        for first in range(0, n_pairs, _WINDOW):
+            room = 0
+            window = range(first, min(first + _WINDOW, n_pairs))
+            for number in sorted(window, key=lambda number: -self._length(number)):
+                room -= self._length(number)
+                if room < 0:
+                    groups.append([])
+                    room = _GROUP_TOKENS.get(self._device, 512) - self._length(number)
+                groups[-1].append(number)
+        share, shares = shard or (1, 1)
+        return groups[share - 1 :: shares]
+
+    def attribute_group(
+        self, group: Sequence[int], finished: Callable[[int, bool], None]
+    ) -> dict[int, Attribution]:
+        """The results of one group, by the number of the pair."""
+        with frozen(self._view.model):
+            prepared = []
+            for number in group:
+                pair = self.pairs[number]
+                with _naming(number, pair):
+                    prepared.append(self._preparer.prepare(number, pair, self._encoded[number]))
+            outcomes = self._evaluator.run(prepared, method_of(self.settings), finished)
+        return {
+            number: self._result(self.pairs[number], one, outcome)
+            for number, one, outcome in zip(group, prepared, outcomes, strict=True)
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """What decides the results, for the directory that holds them."""
+        model = unwrap(self._view.model)
+        config = getattr(model, "config", None)
+        return {
+            **self.settings.describe(),
+            "model": getattr(config, "name_or_path", "") or type(model).__name__,
+            "weights": _hash_of_weights(model),
+            "dtype": str(next(self._view.embedding.parameters()).dtype),
+            "pairs": self._hash_of_pairs(),
+            "n_pairs": len(self.pairs),
+        }
+
+    def _encode(self, pair: PreferencePair) -> EncodedPair | None:
+        """None for a pair with images, which takes its turn with its group."""
+        if pair.images:
+            for image in pair.images:
+                open_image(image)  # better now than after hours
+            return None
+        ids = encode_pair(self.processor, pair, separator=self.settings.separator)
+        self._preparer.check(pair, ids)
+        return ids
+
+    def _length(self, number: int) -> int:
+        ids = self._encoded[number]
+        return _TOKENS_WITH_IMAGES if ids is None else len(ids.prompt_ids)
 
     @property
-    def change(self) -> float:
-        return self.f_input - self.f_baseline
+    def _device(self) -> str:
+        return next(self._view.embedding.parameters()).device.type
 
-    @property
-    def residual(self) -> float:
-        return float(self.scores.sum()) - self.change
-
-
-@dataclass(frozen=True)
-class _Tile:
-    """One model call: some branches at some points of the path."""
-
-    branches: Sequence[Branch]
-    points: range
-
-    @property
-    def size(self) -> int:
-        return len(self.branches) * len(self.points)
-
-    def halves(self) -> tuple[_Tile, _Tile]:
-        if len(self.points) > 1:
-            middle = len(self.points) // 2
-            parts = self.points[:middle], self.points[middle:]
-            return _Tile(self.branches, parts[0]), _Tile(self.branches, parts[1])
-        middle = len(self.branches) // 2
-        rows = self.branches[:middle], self.branches[middle:]
-        return _Tile(rows[0], self.points), _Tile(rows[1], self.points)
-
-
-def _tiles(branches: Sequence[Branch], n_points: int, max_batch_tokens: int) -> Iterator[_Tile]:
-    """All points of as many branches of like length as fit a call, or equal shares of one's."""
-    lengths = [len(branch) for branch in branches]
-    for group in batches(lengths, max(1, max_batch_tokens // n_points)):
-        here = [branches[index] for index in group]
-        points_per_call = max(1, max_batch_tokens // (len(here) * len(here[0])))
-        n_calls = math.ceil(n_points / points_per_call)
-        for call in range(n_calls):
-            yield _Tile(here, range(call * n_points // n_calls, (call + 1) * n_points // n_calls))
-
-
-class _Engine:
-    def __init__(
-        self,
-        decoder: DecoderView,
-        baseline: Baseline,
-        encoded: Sequence[EncodedPair],
-        max_batch_tokens: int,
-        progress: Progress,
-    ) -> None:
-        self._decoder = decoder
-        self._baseline = baseline
-        self._max_batch_tokens = max_batch_tokens
-        self._progress = progress
-        self._branches = [
-            branch for index, ids in enumerate(encoded) for branch in Branch.of_pair(index, ids)
-        ]
-        self._paths = [_Path(np.zeros(len(ids.prompt_ids))) for ids in encoded]
-
-    def run(self, method: str, step_counts: Sequence[int], tolerance: float) -> list[_Path]:
-        self._for_each_tile("ends of the path", self._branches, 2, self._add_ends)
-        for path in self._paths:
-            path.evaluations = 2
-        for n_steps in step_counts:
-            self._integrate(
-                [branch for branch in self._branches if not self._paths[branch.pair].converged],
-                method,
-                n_steps,
-            )
-            for path in self._paths:
-                path.converged = abs(path.residual) <= tolerance * max(1.0, abs(path.change))
-        return self._paths
-
-    def _integrate(self, branches: Sequence[Branch], method: str, n_steps: int) -> None:
-        for pair in {branch.pair for branch in branches}:
-            path = self._paths[pair]
-            path.scores[:] = 0.0
-            path.n_steps = n_steps
-            path.evaluations += n_steps
-        nodes, weights = (
-            torch.tensor(values, dtype=torch.float32) for values in quadrature(method, n_steps)
+    def _result(self, pair: PreferencePair, prepared: Prepared, outcome: Outcome) -> Attribution:
+        ids = prepared.ids.prompt_ids
+        objective = self.settings.describe()["objective"]
+        scores = outcome.scores.astype(np.float32)
+        return Attribution(
+            tokens=tuple(self._text_tokenizer.decode([token]) for token in ids),
+            token_ids=ids,
+            modality=prepared.modality,
+            scores=scores,
+            f_input=outcome.f_input,
+            f_baseline=outcome.f_baseline,
+            residual=float(outcome.scores.sum()) - (outcome.f_input - outcome.f_baseline),
+            evaluations=outcome.evaluations,
+            n_steps=outcome.n_steps,
+            converged=outcome.converged,
+            method=self.settings.method,
+            baseline=self._baseline.name,
+            prompt=self._text_tokenizer.decode(ids),
+            chosen=pair.chosen,
+            rejected=pair.rejected,
+            pair_id=pair.id,
+            objective=objective,
+            images=prepared.images,
         )
 
-        def add(batch: Batch, points: range) -> None:
-            here = slice(points.start, points.stop)
-            self._add_scores(batch, nodes[here], weights[here])
+    def _hash_of_pairs(self) -> str:
+        digest = hashlib.sha256()
+        for pair, ids in zip(self.pairs, self._encoded, strict=True):
+            # Images by what names them: opening all of them to hash pixels would take too long.
+            images = [str(i) if isinstance(i, str | Path) else "" for i in pair.images or ()]
+            said = [pair.prompt, pair.chosen, pair.rejected, images]
+            digest.update(json.dumps(said, default=str).encode())
+            digest.update(repr(ids).encode())
+        return digest.hexdigest()[:16]
 
-        self._for_each_tile(f"{n_steps} steps", branches, n_steps, add)
 
-    def _for_each_tile(
-        self,
-        description: str,
-        branches: Sequence[Branch],
-        n_points: int,
-        work: Callable[[Batch, range], None],
-    ) -> None:
-        if not branches:
-            return
-        task = self._progress.add_task(description, total=len(branches) * n_points)
-        for whole in _tiles(branches, n_points, self._max_batch_tokens):
-            queue = [whole]
-            while queue:
-                tile = queue.pop()
-                try:
-                    work(Batch.of(self._decoder, tile.branches, self._baseline), tile.points)
-                except torch.OutOfMemoryError:
-                    if tile.size == 1:
-                        raise
-                    queue.extend(tile.halves())
-                else:
-                    self._progress.advance(task, tile.size)
+def _hash_of_weights(model: nn.Module) -> str:
+    """Of the first values of every weight: tells models apart that share a name."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
-    @torch.no_grad()
-    def _add_ends(self, batch: Batch, points: range) -> None:
-        """Point 0 is the baseline, point 1 the input."""
-        ends = torch.stack([(batch.baseline, batch.input)[point] for point in points])
-        values = batch.objective(self._decoder, ends).tolist()
-        for point, row_values in zip(points, values, strict=True):
-            for branch, value in zip(batch.branches, row_values, strict=True):
-                if point == 0:
-                    self._paths[branch.pair].f_baseline += value
-                else:
-                    self._paths[branch.pair].f_input += value
 
-    def _add_scores(self, batch: Batch, nodes: Tensor, weights: Tensor) -> None:
-        device = batch.input.device
-        points = ops.ig_interpolate(batch.input, batch.baseline, nodes.to(device))
-        points.requires_grad_()
-        with torch.enable_grad():
-            # Rows do not see each other: the gradient of the sum holds every row's own gradient.
-            total = batch.objective(self._decoder, points).sum()
-            (grads,) = torch.autograd.grad(total, points)
-        scores = ops.ig_accumulate(grads, batch.input, batch.baseline, weights.to(device))
-        for branch, prompt, row in zip(batch.branches, batch.prompts, scores.cpu(), strict=True):
-            self._paths[branch.pair].scores += row[prompt].double().numpy()
+@contextmanager
+def _naming(number: int, pair: PreferencePair) -> Iterator[None]:
+    """Says of which pair an error speaks."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{pair_name(number, pair)}: {error}") from error
+
+
+def _check_share(limit: int | None, shard: tuple[int, int] | None) -> None:
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}")
+    if shard is not None and not 1 <= shard[0] <= shard[1]:
+        raise ValueError(f"shard must be (i, n) with 1 <= i <= n, got {shard}")
+
+
+def _warn_of_unconverged(
+    results: Sequence[Attribution], pairs: Sequence[PreferencePair], indices: Sequence[int]
+) -> None:
+    failed = [
+        pair_name(index, pairs[index])
+        for index, result in zip(indices, results, strict=True)
+        if not result.converged
+    ]
+    if failed:
+        warnings.warn(
+            f"{len(failed)} of {len(results)} pairs did not converge "
+            f"({', '.join(failed[:5])}{', ...' if failed[5:] else ''}): see residual; take more "
+            "steps, a larger tolerance or another baseline",
+            stacklevel=3,
+        )

@@ -1,120 +1,136 @@
-"""The objective f = log p(chosen | prompt) - log p(rejected | prompt), from input embeddings.
+"""The objective f that is attributed: a weighted sum of the answers' token log-probabilities.
 
-f is a difference of two terms. Answers that differ share no sequence, so a pair is two branches,
-attributed apart and summed: Integrated Gradients is linear in its objective.
+By default f = log p(chosen | prompt) - log p(rejected | prompt), each summed over the tokens of its
+continuation (GrAInS, arXiv 2507.18043, section 3.1).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from grains_ext.attribution.path import Baseline
-from grains_ext.decoder import DecoderView
-from grains_ext.encoding import EncodedPair, TokenIds
-from grains_ext.scoring import forward_logits, pad_batch, token_logprobs
+from grains_ext.attribution.sequences import Answer, Packed, common_prefix
+from grains_ext.encoding import EncodedPair
+
+OBJECTIVES = ("sum", "mean", "first", "chosen", "rejected")
 
 
 @dataclass(frozen=True)
-class Branch:
-    """What the model reads for an answer of a pair, and the answers that are scored on it."""
+class ScoredLogits:
+    """What a callable objective sees of n points on the path of one pair.
 
-    pair: int
-    prompt_ids: TokenIds
-    answers: tuple[tuple[int, TokenIds], ...]
-    """(sign, token ids): +1 for the chosen answer, -1 for the rejected one."""
-
-    @classmethod
-    def of_pair(cls, index: int, ids: EncodedPair) -> list[Branch]:
-        """Two branches; one where the answers differ in the last token only (all one-token ones).
-
-        An answer's last token is predicted, never read.
-        """
-        answers = ((1, ids.chosen_ids), (-1, ids.rejected_ids))
-        if ids.chosen_ids[:-1] == ids.rejected_ids[:-1]:
-            return [cls(index, ids.prompt_ids, answers)]
-        return [cls(index, ids.prompt_ids, (answer,)) for answer in answers]
-
-    @property
-    def input_ids(self) -> TokenIds:
-        return (*self.prompt_ids, *self.answers[0][1][:-1])
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """B branches, padded on the left to T tokens so that the scored positions come last.
-
-    ``input`` and ``baseline`` [B, T, D] are the two ends of the path. They are equal at answers and
-    padding, which therefore stay put and get no score.
+    Row i of an answer's logits predicts token i of that answer.
     """
 
-    branches: Sequence[Branch]
-    prompts: Sequence[slice]
-    """Where along T each branch's prompt lies."""
-    input: Tensor
-    baseline: Tensor
-    attention_mask: Tensor
-    rows: Tensor
-    """int64 [A]: the branch of each of A answers."""
-    targets: Tensor
-    """int64 [A, C]: the answers' tokens, padded on the left to C."""
-    target_signs: Tensor
-    """[A, C]: each target's sign in f, 0 at padding."""
+    chosen_logits: Tensor
+    """float32 [n, C, V]."""
+    chosen_ids: Tensor
+    """int64 [C]."""
+    rejected_logits: Tensor
+    """float32 [n, R, V]."""
+    rejected_ids: Tensor
+    """int64 [R]."""
+
+
+Objective = str | Callable[[ScoredLogits], Tensor]
+
+
+def answers_of(pair: EncodedPair, objective: Objective) -> list[Answer]:
+    """The chosen and the rejected answer with the weights of their tokens under the objective.
+
+    "sum": all tokens; "mean": all tokens over their number, so that a longer answer weighs no more;
+    "first": the first token in which the answers differ; "chosen", "rejected": log p of that answer
+    alone, summed. For a callable every weight is 1: they only say what must be scored.
+
+    Raises ValueError where the answers are equal, or "first" finds no such token because one answer
+    begins with the whole other one.
+    """
+    chosen, rejected = pair.chosen_ids, pair.rejected_ids
+    if chosen == rejected:
+        raise ValueError("chosen and rejected have the same tokens, their difference is always 0")
+    ones, others = (1.0,) * len(chosen), (1.0,) * len(rejected)
+    if callable(objective):
+        return [Answer(chosen, ones), Answer(rejected, others)]
+    if objective == "chosen":
+        return [Answer(chosen, ones)]
+    if objective == "rejected":
+        return [Answer(rejected, others)]
+    if objective == "first":
+        parting = common_prefix(chosen, rejected)
+        if parting == min(len(chosen), len(rejected)):
+            raise ValueError(
+                "one answer begins with the whole other one, so there is no first token in which "
+                'they differ: use objective="sum"'
+            )
+        ones, others = (
+            tuple(float(place == parting) for place in range(len(ids)))
+            for ids in (chosen, rejected)
+        )
+    elif objective == "mean":
+        ones, others = (tuple(1 / len(ids) for _ in ids) for ids in (chosen, rejected))
+    elif objective != "sum":
+        raise ValueError(
+            f"objective must be one of {', '.join(OBJECTIVES)} or a callable, got {objective!r}"
+        )
+    return [Answer(chosen, ones), Answer(rejected, tuple(-weight for weight in others))]
+
+
+@dataclass(frozen=True)
+class WeightedLogprobs:
+    """f of many rows of logits at once.
+
+    f = sum_t w_t logit_t - sum_p (sum of w at p) logsumexp_p: where the weights of a position add
+    up to 0, as at one that both answers share, the normaliser cancels and is not computed.
+    """
+
+    tokens: Tensor
+    """int64 [targets, 3]: row, column counted from the end (negative), token."""
+    weights: Tensor
+    """float32 [targets]."""
+    positions: Tensor
+    """int64 [positions, 2]: row, column of each normaliser that does not cancel."""
+    normalisers: Tensor
+    """float32 [positions]: its weight."""
+    vocabulary: Tensor | None
+    """int64 [K], the only tokens whose logits are needed, rising; None: all of them."""
 
     @classmethod
-    def of(cls, decoder: DecoderView, branches: Sequence[Branch], baseline: Baseline) -> Batch:
-        device = next(decoder.embedding.parameters()).device
-        input_ids, attention_mask = pad_batch([branch.input_ids for branch in branches])
-        with torch.no_grad():
-            inputs_embeds = decoder.embed(input_ids.to(device))
-        length = inputs_embeds.shape[1]
-        starts = inputs_embeds.clone()
-        prompts = []
-        for row, branch in enumerate(branches):
-            first = length - len(branch)
-            prompts.append(slice(first, first + len(branch.prompt_ids)))
-            starts[row, prompts[row]] = baseline.embeddings(
-                branch.prompt_ids, inputs_embeds[row, prompts[row]]
-            )
-        answers = [
-            (row, sign, ids) for row, branch in enumerate(branches) for sign, ids in branch.answers
-        ]
-        targets, mask = pad_batch([ids for _, _, ids in answers])
-        signs = torch.tensor([sign for _, sign, _ in answers])
+    def of(cls, rows: Sequence[Packed], device: torch.device) -> WeightedLogprobs:
+        targets: list[tuple[int, int, int]] = []
+        weights: list[float] = []
+        net: defaultdict[tuple[int, int], float] = defaultdict(float)
+        for number, row in enumerate(rows):
+            for target in row.targets:
+                column = target.column - len(row)
+                targets.append((number, column, target.token))
+                weights.append(target.weight)
+                net[number, column] += target.weight
+        # Sums such as 1/3 + 1/3 + 1/3 - 1 leave rounding behind.
+        kept = {position: weight for position, weight in net.items() if abs(weight) > 1e-9}
+        tokens = torch.tensor(targets)
+        vocabulary = None
+        if not kept:
+            vocabulary, places = tokens[:, 2].unique(return_inverse=True)
+            tokens[:, 2] = places
         return cls(
-            branches=branches,
-            prompts=prompts,
-            input=inputs_embeds,
-            baseline=starts,
-            attention_mask=attention_mask.to(device),
-            rows=torch.tensor([row for row, _, _ in answers], device=device),
-            targets=targets.to(device),
-            target_signs=(mask * signs[:, None]).to(device),
+            tokens=tokens.to(device),
+            weights=torch.tensor(weights, device=device),
+            positions=torch.tensor(list(kept), dtype=torch.int64).reshape(-1, 2).to(device),
+            normalisers=torch.tensor(list(kept.values()), device=device),
+            vocabulary=None if vocabulary is None else vocabulary.to(device),
         )
 
-    def objective(self, decoder: DecoderView, points: Tensor) -> Tensor:
-        """Each branch's share of f, in float32, [S, B], at points [S, B, T, D] of the path.
-
-        Summed over the answers' tokens; logits are computed at their positions only.
-        """
-        n_points, n_branches, _, _ = points.shape
-        n_answers, n_scored = self.targets.shape
-        logits = forward_logits(
-            decoder.model,
-            self.attention_mask.repeat(n_points, 1),
-            inputs_embeds=points.flatten(0, 1),
-            last=n_scored,
-        )
-        logprobs = token_logprobs(
-            logits.unflatten(0, (n_points, n_branches))[:, self.rows],
-            self.targets.expand(n_points, n_answers, n_scored),
-        )
-        by_answer = (logprobs * self.target_signs).sum(-1)
-        zeros = by_answer.new_zeros(n_points, n_branches)
-        return zeros.index_add(1, self.rows, by_answer)
+    def __call__(self, logits: Tensor) -> Tensor:
+        """f of each row, float32 [rows]; logits [rows, R, V], or [rows, R, K] of ``vocabulary``."""
+        row, column, token = self.tokens.unbind(-1)
+        picked = logits[row, column, token].float()
+        f = picked.new_zeros(len(logits)).index_add(0, row, self.weights * picked)
+        if len(self.positions):
+            row, column = self.positions.unbind(-1)
+            normalisers = logits[row, column].float().logsumexp(-1)
+            f = f.index_add(0, row, -self.normalisers * normalisers)
+        return f

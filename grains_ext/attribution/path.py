@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from grains_ext.decoder import DecoderView, unwrap
 from grains_ext.encoding import TokenIds
 
-METHODS = ("gausslegendre", "riemann_middle")
+RULES = ("gausslegendre", "riemann_middle")
 BASELINES = ("bos", "mean", "pad", "unk", "mask", "zero")
 
 
@@ -37,7 +37,7 @@ def quadrature(
         return (nodes + 1) / 2, weights / 2
     if method == "riemann_middle":
         return (np.arange(n_steps) + 0.5) / n_steps, np.full(n_steps, 1 / n_steps)
-    raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    raise ValueError(f"method must be one of {', '.join(RULES)}, got {method!r}")
 
 
 class Baseline:

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from shutil import rmtree
@@ -18,12 +16,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.utils import logging as hf_logging
 
 import grains_ext
 from grains_ext import export
 from grains_ext.attribution import Attribution, attribute
 from grains_ext.demo import compare, show
+from grains_ext.demo.contexts import no_loading_bar, one_thread, step
 from grains_ext.demo.speed import Spread, interleaved_rates
 from grains_ext.demo.train import MODEL_DIR
 from grains_ext.encoding import encode_prompt
@@ -31,6 +29,7 @@ from grains_ext.evaluation.generation import generate
 from grains_ext.export.model import GRAPH_NAME, UNSTEERED_NAME
 from grains_ext.export.runtime import require_onnxruntime
 from grains_ext.report import Generation, write_report
+from grains_ext.report.show import legend, tokens
 from grains_ext.steering import SteeringVectors
 
 onnxruntime = require_onnxruntime()
@@ -45,13 +44,8 @@ UNSTEERED = "unsteered"
 
 def load_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """The embedded model in float32 and eval mode, and its tokenizer."""
-    showed_bars = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()  # it would flash for a model this small
-    try:
+    with no_loading_bar():
         model = LlamaForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32)
-    finally:
-        if showed_bars:
-            hf_logging.enable_progress_bar()
     return model.eval(), PreTrainedTokenizerFast.from_pretrained(MODEL_DIR)
 
 
@@ -84,17 +78,6 @@ def run_demo(
             Path(work, name).replace(output / name)
     console.print(f"\nWritten to {output}: {', '.join(OUTPUTS)}", highlight=False, markup=False)
     return result
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Torch on one thread: for half a million parameters a second one costs more than it gives."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class _Demo:
@@ -149,12 +132,8 @@ class _Demo:
         )
         return result
 
-    @contextmanager
-    def _step(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        with self.console.status(f"{name} ..."):
-            yield
-        self.seconds[name] = round(time.perf_counter() - start, 2)
+    def _step(self, name: str) -> AbstractContextManager[None]:
+        return step(self.console, name, self.seconds)
 
     def _attribute_shown(self) -> list[Attribution]:
         show.heading(self.console, "1. Which tokens push toward which answer")
@@ -162,9 +141,9 @@ class _Demo:
             shown = attribute(
                 self.model, self.tokenizer, self.data.test_pairs[:N_SHOWN], progress=False
             )
-        self.console.print(show.legend())
+        self.console.print(legend())
         for attribution in shown:
-            self.console.print(show.tokens(attribution))
+            self.console.print(tokens(attribution))
         return shown
 
     def _fit(self) -> dict[str, list[list[SteeringVectors]]]:

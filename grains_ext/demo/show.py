@@ -1,24 +1,16 @@
-"""What the demo prints: coloured tokens and tables, with rich."""
+"""What the demo prints, with rich: its words and tables."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from grains_ext.report.html import Generation, MethodRow, shades
-
-if TYPE_CHECKING:
-    from grains_ext.attribution.result import Attribution
-
-# Okabe and Ito's blue and orange: told apart with every common colour blindness.
-BLUE, ORANGE = (0, 114, 178), (230, 159, 0)
-# Shades below this stay without colour: they would be noise on the screen.
-_FAINT = 0.08
+from grains_ext.report import Generation, MethodRow
 
 
 def banner(console: Console, n_parameters: int) -> None:
@@ -34,31 +26,6 @@ def banner(console: Console, n_parameters: int) -> None:
 def heading(console: Console, text: str) -> None:
     console.print()
     console.rule(f"[bold]{text}", align="left")
-
-
-def legend() -> Text:
-    """One line that names the two colours."""
-    text = Text("toward the chosen answer: ")
-    text.append(" blue ", style=_style(1.0)).append("   toward the rejected one: ")
-    return text.append(" orange ", style=_style(-1.0))
-
-
-def tokens(attribution: Attribution, n_strongest: int = 4) -> Group:
-    """The prompt with each token's signed share as its background, and the strongest in numbers."""
-    scores = [float(score) for score in attribution.scores]
-    shaded = Text()
-    for token, shade in zip(attribution.tokens, shades(scores), strict=True):
-        shaded.append(token, style=_style(shade)).append(" ")
-    strongest = sorted(range(len(scores)), key=lambda i: -abs(scores[i]))[:n_strongest]
-    numbers = "  ".join(f"{attribution.tokens[i]} {scores[i]:+.2f}" for i in strongest)
-    return Group(
-        shaded,
-        Text(
-            f"  chosen {attribution.chosen}, rejected {attribution.rejected}; log-odds "
-            f"{attribution.f_input:+.2f}; strongest: {numbers}",
-            style="dim",
-        ),
-    )
 
 
 def comparison(rows: Iterable[MethodRow]) -> Table:
@@ -115,14 +82,3 @@ def exported(measured: Mapping[str, Any]) -> Table:
     for name, value in export_facts(measured).items():
         table.add_row(name, Text(value))
     return table
-
-
-def _style(shade: float) -> str:
-    """Black on a tint of blue (positive) or orange (negative), for a shade in [-1, 1]."""
-    if abs(shade) < _FAINT:
-        return ""
-    colour = BLUE if shade > 0 else ORANGE
-    # Full blue under black text would be hard to read: the strongest tint stops at 70 %.
-    weight = 0.15 + 0.55 * abs(shade)
-    red, green, blue = (round(255 + weight * (channel - 255)) for channel in colour)
-    return f"black on rgb({red},{green},{blue})"

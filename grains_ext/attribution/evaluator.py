@@ -1,0 +1,243 @@
+"""Answers the methods of many pairs at once: model calls filled up to a budget of tokens."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from grains_ext import ops
+from grains_ext.attribution.forward import (
+    NO_SHORTCUTS,
+    Batch,
+    Row,
+    Shortcuts,
+    Unit,
+)
+from grains_ext.attribution.memory import automatic_budget, is_out_of_memory
+from grains_ext.attribution.points import Dialogue, Evaluated, OnPath, Outcome, Path, Points
+from grains_ext.attribution.prepare import Prepared, Preparer
+from grains_ext.attribution.settings import Settings
+from grains_ext.decoder import DecoderView, unwrap
+
+# What each model was found to honour, under each attention backend: for rows with a tree in them or
+# not, with a prefix or not.
+_HONOURED: WeakKeyDictionary[nn.Module, dict[str, dict[tuple[bool, bool], Shortcuts]]] = (
+    WeakKeyDictionary()
+)
+
+_log = logging.getLogger(__name__)
+
+# A row shorter than this share of the longest waits for another call: it would be mostly padding.
+_LEAST_FILL = 0.8
+# From the fastest to the one that every model allows.
+_TRIED = (
+    Shortcuts(),
+    Shortcuts(prefix=False),
+    Shortcuts(trim=False),
+    Shortcuts(trim=False, prefix=False),
+)
+
+
+@dataclass
+class _Task:
+    """One pair at work: its dialogue, what it asks for, and what was found so far."""
+
+    path: Path
+    rows: Sequence[Row]
+    shortcuts: Shortcuts
+    dialogue: Dialogue
+    asked: Points
+    values: list[float] = field(default_factory=list)
+    at_tokens: list[Tensor] = field(default_factory=list)
+    outcome: Outcome | None = None
+
+    @property
+    def todo(self) -> int:
+        return self.asked.count - len(self.values)
+
+    @property
+    def columns(self) -> int:
+        """Of its longest row."""
+        return max(row.n_read for row in self.rows)
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Tasks of one kind may share a call."""
+        row = self.rows[0]
+        return (
+            self.asked.gradients,
+            self.shortcuts,
+            row.prefix is None,
+            row.replayed is None,
+            isinstance(row.allowed, dict),
+        )
+
+    def advance(self) -> None:
+        """Hands over what was found, as long as nothing more is asked for."""
+        while self.outcome is None and self.todo == 0:
+            none = np.zeros((len(self.values), 0))
+            at_tokens = torch.cat(self.at_tokens).double().numpy() if self.at_tokens else none
+            found = Evaluated(np.array(self.values), at_tokens)
+            self.values, self.at_tokens = [], []
+            try:
+                self.asked = self.dialogue.send(found)
+            except StopIteration as end:
+                self.outcome = end.value
+
+
+class Evaluator:
+    """Runs the dialogues of one attribution run on one model."""
+
+    def __init__(self, decoder: DecoderView, preparer: Preparer, settings: Settings) -> None:
+        self._decoder = decoder
+        self._preparer = preparer
+        self._objective = settings.objective if callable(settings.objective) else None
+        model = unwrap(decoder.model)
+        backend = str(getattr(getattr(model, "config", None), "_attn_implementation", None))
+        self._known = _HONOURED.setdefault(model, {}).setdefault(backend, {})
+        if settings.max_batch_tokens == "auto":
+            self._budget, self._tokens_per_logits = automatic_budget(decoder)
+        else:
+            self._budget, self._tokens_per_logits = int(settings.max_batch_tokens), 0.0
+
+    def run(
+        self,
+        pairs: Sequence[Prepared],
+        begin: Callable[[Path], Dialogue],
+        finished: Callable[[int, bool], None],
+    ) -> list[Outcome]:
+        """One outcome per pair; ``finished`` hears of each as it comes: evaluations, converged.
+
+        Pairs that are done leave the calls, and what the others ask next enters them.
+        """
+        tasks = []
+        for prepared in pairs:
+            rows, shortcuts = self._rows(prepared)
+            dialogue = begin(prepared.path)
+            tasks.append(_Task(prepared.path, rows, shortcuts, dialogue, next(dialogue)))
+        waiting = sorted(tasks, key=lambda task: -task.columns)
+        while waiting:
+            if all(task.todo for task in waiting):
+                self._call(waiting)
+            for task in waiting:
+                task.advance()
+                if task.outcome is not None:
+                    finished(task.outcome.evaluations, task.outcome.converged)
+            waiting = [task for task in waiting if task.outcome is None]
+        return [task.outcome for task in tasks if task.outcome is not None]
+
+    def _call(self, waiting: Sequence[_Task]) -> None:
+        """One model call: as many points of the first task and of its like as fit."""
+        first = waiting[0]
+        like = [
+            task
+            for task in waiting
+            if task.kind == first.kind and task.columns >= _LEAST_FILL * first.columns
+        ]
+        while True:
+            shares = self._shares(like)
+            try:
+                self._answer(shares)
+                return
+            except (RuntimeError, MemoryError) as error:
+                n_points = sum(map(len, (part for _, part in shares)))
+                if n_points == 1 or not is_out_of_memory(error):
+                    raise
+            # Outside the handler, which keeps the failed call's memory alive.
+            self._budget = min(self._budget, self._cost(like) * n_points) // 2
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _shares(self, like: Sequence[_Task]) -> list[tuple[_Task, range]]:
+        """Points in order until the budget is full; one at least."""
+        room = max(1, self._budget // self._cost(like))
+        shares = []
+        for task in like:
+            start = len(task.values)
+            part = range(start, min(task.asked.count, start + room))
+            if part:
+                shares.append((task, part))
+            room -= len(part)
+        return shares
+
+    def _cost(self, like: Sequence[_Task]) -> int:
+        """What a point takes of the budget, in tokens."""
+        width = max(task.columns for task in like)
+        scored = max(row.packed.n_normalised for task in like for row in task.rows)
+        rows = max(len(task.rows) for task in like)
+        return rows * (width + round(scored * self._tokens_per_logits))
+
+    def _answer(self, shares: Sequence[tuple[_Task, range]]) -> None:
+        """Evaluates points of several tasks in one call, and files what was found."""
+        first, _ = shares[0]
+        units = [
+            Unit(task.rows, task.asked.build(task.path, part), self._objective)
+            for task, part in shares
+        ]
+        batch = Batch(units, first.shortcuts)
+        if not first.asked.gradients:
+            with torch.no_grad():
+                values = batch.objective(self._decoder)
+            at_tokens = []
+        else:
+            batch.embeddings.requires_grad_()
+            with torch.enable_grad():
+                values = batch.objective(self._decoder)
+                # Rows do not see each other: the gradient of the sum holds every row's own.
+                (grads,) = torch.autograd.grad(torch.cat(values).sum(), batch.embeddings)
+            at_tokens = [
+                ops.ig_accumulate(
+                    batch.prompt_gradients(grads, unit)[None],
+                    task.path.input.expand(unit.n_points, -1, -1),
+                    task.asked.origin(task.path),
+                    torch.ones(1, device=grads.device),
+                ).cpu()
+                for unit, (task, _) in zip(units, shares, strict=True)
+            ]
+        # Nothing is filed before everything was computed: a call that fails is made again.
+        for number, (task, _) in enumerate(shares):
+            task.values += values[number].detach().tolist()
+            task.at_tokens += at_tokens[number : number + 1]
+
+    def _rows(self, prepared: Prepared) -> tuple[Sequence[Row], Shortcuts]:
+        """The rows of one pair, with the shortcuts that the model honours on its like."""
+        if not self._preparer.may_shorten(prepared):
+            return self._preparer.rows(prepared, NO_SHORTCUTS), NO_SHORTCUTS
+        rows = self._preparer.rows(prepared, Shortcuts())
+        like = (any(row.packed.is_tree for row in rows), rows[0].prefix is not None)
+        shortcuts = self._known.get(like)
+        if shortcuts is None:
+            shortcuts = self._known[like] = self._honoured(prepared)
+        return (
+            rows if shortcuts == Shortcuts() else self._preparer.rows(prepared, shortcuts)
+        ), shortcuts
+
+    @torch.no_grad()
+    def _honoured(self, prepared: Prepared) -> Shortcuts:
+        """The most shortcuts that leave f as it is, half-way along the path."""
+        path = prepared.path
+        points = OnPath(np.array([0.5]), gradients=False).build(path, range(1))
+
+        def values(shortcuts: Shortcuts) -> Tensor:
+            rows = self._preparer.rows(prepared, shortcuts)
+            return Batch([Unit(rows, points)], shortcuts).objective(self._decoder)[0]
+
+        plain = values(NO_SHORTCUTS)
+        tolerance = 1e-3 if path.input.dtype == torch.float32 else 0.1
+        for shortcuts in _TRIED:
+            try:
+                difference = (values(shortcuts) - plain).abs()
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever a model makes of arguments unknown to it
+                _log.debug("%s: %s", shortcuts, error)
+                continue
+            if bool((difference <= tolerance * plain.abs().clamp(min=1)).all()):
+                return shortcuts
+        return NO_SHORTCUTS
