@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from grains_ext.attribution import Attribution, attribute
 from grains_ext.attribution.forward import Batch
 from grains_ext.attribution.objective import ScoredLogits
-from grains_ext.attribution.path import Baseline, quadrature
+from grains_ext.attribution.path import Baseline
+from grains_ext.attribution.rules import quadrature
 from grains_ext.decoder import DecoderView
 from grains_ext.encoding import EncodedPair, encode_pair
 from grains_ext.pairs import PreferencePair

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from grains_ext.attribution.path import RULES, Baseline, quadrature
+from grains_ext.attribution.path import Baseline
+from grains_ext.attribution.rules import RULES, quadrature
 from grains_ext.decoder import DecoderView
 from tests.models import tiny_model, tiny_tokenizer
 

@@ -11,13 +11,15 @@ of the path where nothing happens (docs/decisions/006).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from scipy.interpolate import CubicSpline
 
-from grains_ext.attribution.points import Dialogue, OnPath, Outcome, Path, within
+from grains_ext.attribution.points import Dialogue, OnPath, Outcome, Path
+from grains_ext.attribution.rules import within
 from grains_ext.attribution.settings import Settings
 
 Array = npt.NDArray[np.float64]
@@ -109,14 +111,20 @@ def _integral(alphas: Array, values: Array, at_tokens: Array) -> _Integral:
     # Norms scale an infinitesimal input up to unit size: at a zero baseline the gradient is huge
     # and belongs to no interval of any width.
     first = 1 if len(alphas) > 2 and sizes[0] > _SINGULAR * sizes[1:].max() else 0
-    spline = CubicSpline(alphas[first:], at_tokens[first:], axis=0, extrapolate=True)
-    per_interval = np.diff(spline.antiderivative()(alphas), axis=0)
+    per_interval = _weights(tuple(alphas), first) @ at_tokens[first:]
     straight = np.diff(alphas)[:, None] * (at_tokens[1:] + at_tokens[:-1]) / 2
     return _Integral(
         scores=per_interval.sum(0),
         errors=per_interval.sum(-1) - np.diff(values),
         bends=np.abs(per_interval - straight).sum(-1),
     )
+
+
+@lru_cache(maxsize=64)  # every pair begins at the same points
+def _weights(alphas: tuple[float, ...], first: int) -> Array:
+    """[n - 1, n - first]: each interval's integral, linear in the values from ``first`` on."""
+    spline = CubicSpline(alphas[first:], np.eye(len(alphas) - first), extrapolate=True)
+    return np.diff(spline.antiderivative()(alphas), axis=0)
 
 
 def _strongest(scores: Array, k: int) -> tuple[frozenset[int], frozenset[int]]:

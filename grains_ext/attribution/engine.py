@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,21 +18,15 @@ from grains_ext.attribution.path import Baseline
 from grains_ext.attribution.points import Outcome
 from grains_ext.attribution.prepare import Prepared, Preparer
 from grains_ext.attribution.result import Attribution
+from grains_ext.attribution.runs import Finished, carry_out, check_share, hash_of_pairs, naming
 from grains_ext.attribution.settings import Settings
 from grains_ext.attribution.span import Span
-from grains_ext.attribution.store import AttributionStore
 from grains_ext.decoder import DecoderView, unwrap
-from grains_ext.encoding import EncodedPair, encode_pair, pair_name
+from grains_ext.encoding import EncodedPair, encode_pair
 from grains_ext.pairs import PreferencePair
-from grains_ext.progress import attribution_progress
 from grains_ext.scoring import frozen
 from grains_ext.vision import open_image
 
-# Pairs are worked on in groups that only the pairs themselves decide, so that a run which is taken
-# up again makes the same model calls. Sorted by length within a window, and enough tokens in a
-# group to fill model calls (a path takes some 16 points), while an interruption loses little.
-_WINDOW = 1024
-_GROUP_TOKENS = {"cpu": 512, "cuda": 8192}
 # A guess, for grouping alone: it takes the processor to tell.
 _TOKENS_WITH_IMAGES = 256
 
@@ -130,28 +121,9 @@ def attribute(
         seed=seed,
         separator=separator,
     )
-    _check_share(limit, shard)
+    check_share(limit, shard)
     run = _Run(model, tokenizer, list(pairs), settings, decoder)
-    groups = run.groups(shard, limit)
-    indices = sorted(index for group in groups for index in group)
-    with attribution_progress(progress, len(indices)) as meter:
-        if output_dir is None:
-            found: dict[int, Attribution] = {}
-            for group in groups:
-                found |= run.attribute_group(group, meter.count)
-            results = [found[index] for index in indices]
-        else:
-            with AttributionStore(output_dir, run.describe(), shard=shard) as store:
-                done = store.done
-                for group in groups:
-                    new = [index for index in group if index not in done]
-                    meter.skip(len(group) - len(new))
-                    if new:  # the whole group even so: other calls would round otherwise
-                        results_of = run.attribute_group(group, meter.count)
-                        store.append((index, results_of[index]) for index in new)
-                results = store.load(indices)
-    _warn_of_unconverged(results, run.pairs, indices)
-    return results
+    return carry_out(run, output_dir=output_dir, limit=limit, shard=shard, progress=progress)
 
 
 @dataclass
@@ -172,34 +144,16 @@ class _Run:
         self._evaluator = Evaluator(self._view, self._preparer, self.settings)
         self._encoded: list[EncodedPair | None] = []
         for number, pair in enumerate(self.pairs):
-            with _naming(number, pair):
+            with naming(number, pair):
                 self._encoded.append(self._encode(pair))
 
-    def groups(self, shard: tuple[int, int] | None, limit: int | None) -> list[list[int]]:
-        """Numbers of the pairs that are worked on together; one share of these groups."""
-        groups: list[list[int]] = []
-        n_pairs = len(self.pairs) if limit is None else min(limit, len(self.pairs))
-        for first in range(0, n_pairs, _WINDOW):
-            room = 0
-            window = range(first, min(first + _WINDOW, n_pairs))
-            for number in sorted(window, key=lambda number: -self._length(number)):
-                room -= self._length(number)
-                if room < 0:
-                    groups.append([])
-                    room = _GROUP_TOKENS.get(self._device, 512) - self._length(number)
-                groups[-1].append(number)
-        share, shares = shard or (1, 1)
-        return groups[share - 1 :: shares]
-
-    def attribute_group(
-        self, group: Sequence[int], finished: Callable[[int, bool], None]
-    ) -> dict[int, Attribution]:
+    def attribute_group(self, group: Sequence[int], finished: Finished) -> dict[int, Attribution]:
         """The results of one group, by the number of the pair."""
         with frozen(self._view.model):
             prepared = []
             for number in group:
                 pair = self.pairs[number]
-                with _naming(number, pair):
+                with naming(number, pair):
                     prepared.append(self._preparer.prepare(number, pair, self._encoded[number]))
             outcomes = self._evaluator.run(prepared, method_of(self.settings), finished)
         return {
@@ -214,9 +168,9 @@ class _Run:
         return {
             **self.settings.describe(),
             "model": getattr(config, "name_or_path", "") or type(model).__name__,
-            "weights": _hash_of_weights(model),
+            "weights": hash_of_weights(model),
             "dtype": str(next(self._view.embedding.parameters()).dtype),
-            "pairs": self._hash_of_pairs(),
+            "pairs": hash_of_pairs(self.pairs, self._encoded),
             "n_pairs": len(self.pairs),
         }
 
@@ -230,12 +184,12 @@ class _Run:
         self._preparer.check(pair, ids)
         return ids
 
-    def _length(self, number: int) -> int:
+    def length(self, number: int) -> int:
         ids = self._encoded[number]
         return _TOKENS_WITH_IMAGES if ids is None else len(ids.prompt_ids)
 
     @property
-    def _device(self) -> str:
+    def device(self) -> str:
         return next(self._view.embedding.parameters()).device.type
 
     def _result(self, pair: PreferencePair, prepared: Prepared, outcome: Outcome) -> Attribution:
@@ -263,54 +217,11 @@ class _Run:
             images=prepared.images,
         )
 
-    def _hash_of_pairs(self) -> str:
-        digest = hashlib.sha256()
-        for pair, ids in zip(self.pairs, self._encoded, strict=True):
-            # Images by what names them: opening all of them to hash pixels would take too long.
-            images = [str(i) if isinstance(i, str | Path) else "" for i in pair.images or ()]
-            said = [pair.prompt, pair.chosen, pair.rejected, images]
-            digest.update(json.dumps(said, default=str).encode())
-            digest.update(repr(ids).encode())
-        return digest.hexdigest()[:16]
 
-
-def _hash_of_weights(model: nn.Module) -> str:
+def hash_of_weights(model: nn.Module) -> str:
     """Of the first values of every weight: tells models apart that share a name."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(name.encode())
         digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-@contextmanager
-def _naming(number: int, pair: PreferencePair) -> Iterator[None]:
-    """Says of which pair an error speaks."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{pair_name(number, pair)}: {error}") from error
-
-
-def _check_share(limit: int | None, shard: tuple[int, int] | None) -> None:
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1, got {limit}")
-    if shard is not None and not 1 <= shard[0] <= shard[1]:
-        raise ValueError(f"shard must be (i, n) with 1 <= i <= n, got {shard}")
-
-
-def _warn_of_unconverged(
-    results: Sequence[Attribution], pairs: Sequence[PreferencePair], indices: Sequence[int]
-) -> None:
-    failed = [
-        pair_name(index, pairs[index])
-        for index, result in zip(indices, results, strict=True)
-        if not result.converged
-    ]
-    if failed:
-        warnings.warn(
-            f"{len(failed)} of {len(results)} pairs did not converge "
-            f"({', '.join(failed[:5])}{', ...' if failed[5:] else ''}): see residual; take more "
-            "steps, a larger tolerance or another baseline",
-            stacklevel=3,
-        )

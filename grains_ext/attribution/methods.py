@@ -7,12 +7,10 @@ from collections.abc import Callable
 import numpy as np
 
 from grains_ext.attribution.adaptive import adaptive
-from grains_ext.attribution.path import RULES, quadrature
-from grains_ext.attribution.points import Dialogue, Noisy, Occluded, OnPath, Outcome, Path, within
+from grains_ext.attribution.points import Dialogue, Noisy, Occluded, OnPath, Outcome, Path
+from grains_ext.attribution.rules import DEFAULT_STEPS, RULES, quadrature, within
 from grains_ext.attribution.settings import Settings
 
-# Captum's default number of steps.
-_N_STEPS = 50
 # Smilkov et al. 2017 found 10 to 20 % of the input's range to work best.
 _NOISE = 0.1
 _ENDS = OnPath(np.array([0.0, 1.0]), gradients=False)
@@ -20,7 +18,7 @@ _ENDS = OnPath(np.array([0.0, 1.0]), gradients=False)
 
 def method_of(settings: Settings) -> Callable[[Path], Dialogue]:
     """The method that the settings name, ready to be begun for each pair."""
-    n_steps = _N_STEPS if settings.n_steps == "auto" else int(settings.n_steps)
+    n_steps = DEFAULT_STEPS if settings.n_steps == "auto" else int(settings.n_steps)
     match settings.method:
         case "adaptive":
             return lambda path: adaptive(path, settings)

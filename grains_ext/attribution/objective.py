@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeAlias
 
 from grains_ext.attribution.sequences import Answer, Packed, common_prefix
 from grains_ext.encoding import EncodedPair
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 OBJECTIVES = ("sum", "mean", "first", "chosen", "rejected")
 
@@ -36,7 +38,7 @@ class ScoredLogits:
     """int64 [R]."""
 
 
-Objective = str | Callable[[ScoredLogits], Tensor]
+Objective: TypeAlias = "str | Callable[[ScoredLogits], Tensor]"
 
 
 def answers_of(pair: EncodedPair, objective: Objective) -> list[Answer]:
@@ -100,6 +102,8 @@ class WeightedLogprobs:
 
     @classmethod
     def of(cls, rows: Sequence[Packed], device: torch.device) -> WeightedLogprobs:
+        import torch  # not above: the answers' weights need none
+
         targets: list[tuple[int, int, int]] = []
         weights: list[float] = []
         net: defaultdict[tuple[int, int], float] = defaultdict(float)

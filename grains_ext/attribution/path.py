@@ -1,43 +1,18 @@
-"""The path of Integrated Gradients: where it starts (baseline) and where it is sampled.
+"""Where the path of Integrated Gradients starts: the baseline.
 
 Sundararajan, Taly, Yan, "Axiomatic Attribution for Deep Networks", 2017, section 3.
 """
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from grains_ext.attribution.rules import BASELINES, special_token, warn_of_zero
 from grains_ext.decoder import DecoderView, unwrap
 from grains_ext.encoding import TokenIds
-
-RULES = ("gausslegendre", "riemann_middle")
-BASELINES = ("bos", "mean", "pad", "unk", "mask", "zero")
-
-
-def quadrature(
-    method: str, n_steps: int
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Nodes and weights of an ``n_steps``-point rule on [0, 1]; the weights sum to 1.
-
-    ``method`` is "gausslegendre" (exact for polynomials up to degree 2 n - 1) or "riemann_middle"
-    (the midpoints of ``n_steps`` equal parts), captum's names. Neither touches 0 or 1. Returns two
-    float64 arrays of shape [n_steps], nodes rising. Raises ValueError for another method or
-    ``n_steps`` < 1.
-    """
-    if n_steps < 1:
-        raise ValueError(f"n_steps must be at least 1, got {n_steps}")
-    if method == "gausslegendre":
-        nodes, weights = np.polynomial.legendre.leggauss(n_steps)
-        return (nodes + 1) / 2, weights / 2
-    if method == "riemann_middle":
-        return (np.arange(n_steps) + 0.5) / n_steps, np.full(n_steps, 1 / n_steps)
-    raise ValueError(f"method must be one of {', '.join(RULES)}, got {method!r}")
 
 
 class Baseline:
@@ -71,17 +46,12 @@ class Baseline:
             self.name = baseline
             self._embedding = _mean_embedding(decoder, len(tokenizer))
         elif baseline == "zero":
-            if not _adds_position_embeddings(decoder):
-                warnings.warn(
-                    "the zero baseline does not converge on a model without position embeddings: "
-                    "its first norm scales an infinitesimal input up to unit size. Use 'bos' or "
-                    "'mean'",
-                    stacklevel=3,
-                )
+            if not adds_position_embeddings(decoder):
+                warn_of_zero()
             self.name = baseline
             self._embedding = torch.zeros_like(_embed(decoder, [0])[0])
         elif baseline in BASELINES:
-            token, token_id = _special_token(tokenizer, baseline)
+            token, token_id = special_token(tokenizer, baseline)
             self.name = token
             self._embedding = _embed(decoder, [token_id])[0]
         else:
@@ -140,23 +110,6 @@ def _mean_embedding(decoder: DecoderView, vocabulary: int, chunk: int = 8192) ->
     return (total / vocabulary).to(example)
 
 
-def _special_token(tokenizer: Any, name: str) -> tuple[str, int]:
-    for candidate in ("bos", "eos", "pad") if name == "bos" else (name,):
-        token_id = getattr(tokenizer, f"{candidate}_token_id", None)
-        if token_id is not None:
-            if candidate != name:
-                warnings.warn(
-                    f"the tokenizer has no BOS token: the baseline uses {candidate.upper()} "
-                    f"(id {token_id})",
-                    stacklevel=4,
-                )
-            return candidate, token_id
-    raise ValueError(
-        f"baseline {name!r}: the tokenizer has no such token. Use 'mean', another special token "
-        "or a tensor"
-    )
-
-
 def max_positions(decoder: DecoderView) -> int | None:
     """The longest sequence the model was made for, where its configuration says so."""
     config = getattr(unwrap(decoder.model), "config", None)
@@ -164,7 +117,7 @@ def max_positions(decoder: DecoderView) -> int | None:
     return getattr(text_config, "max_position_embeddings", None)
 
 
-def _adds_position_embeddings(decoder: DecoderView) -> bool:
+def adds_position_embeddings(decoder: DecoderView) -> bool:
     """Whether a second embedding table, as long as the context, stands beside the token table."""
     positions = max_positions(decoder)
     return positions is not None and any(

@@ -143,10 +143,5 @@ class Outcome:
     converged: bool
 
 
-def within(residual: float, change: float, tolerance: float) -> bool:
-    """Whether an error of completeness is small: as a share of the change of f, or in nats."""
-    return bool(abs(residual) <= tolerance * max(1.0, abs(change)))
-
-
 Dialogue = Generator[Points, Evaluated, Outcome]
 """One method at work on one pair: asks for f at points, is sent what was found, ends."""

@@ -11,11 +11,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from grains_ext.encoding import TokenIds
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ class Packed:
         linear: the same over depths, bool [N, N], for a model with a mask of its own; causal
             without it.
         """
+        import torch  # not above: packing needs none
+
         depths = torch.tensor(self.depths)
         branches = torch.tensor(self.branches)
         if linear is None:

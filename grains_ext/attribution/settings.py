@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from grains_ext.attribution.objective import OBJECTIVES, Objective
-from grains_ext.attribution.path import BASELINES, RULES
+from grains_ext.attribution.rules import BASELINES, RULES
 from grains_ext.attribution.span import Span, check_span
 
 METHODS = ("adaptive", *RULES, "gradient_x_input", "smoothgrad", "occlusion")
