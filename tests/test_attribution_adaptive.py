@@ -14,7 +14,7 @@ from grains_ext.attribution.points import Evaluated, Outcome, Path
 from grains_ext.attribution.settings import Settings
 
 Array = npt.NDArray[np.float64]
-PATH = Path(0, torch.ones(2, 1), torch.zeros(2, 1))
+PATH = Path(0, torch.ones(2, 1), torch.zeros(2, 1), torch.ones(2, dtype=torch.bool))
 
 
 def solve(
@@ -129,7 +129,7 @@ def test_top_k_stops_when_the_strongest_stand_still() -> None:
 
 
 def test_half_precision_noise_is_no_error_of_the_path() -> None:
-    path = Path(0, PATH.input.bfloat16(), PATH.baseline.bfloat16())
+    path = Path(0, PATH.input.bfloat16(), PATH.baseline.bfloat16(), PATH.attributed)
     noise = np.random.default_rng(0)
     outcome = solve(
         lambda x: 10 * x + noise.normal(size=len(x)) * 0.01,

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -346,6 +347,68 @@ def test_the_model_is_left_as_it_was() -> None:
         run(model, PAIRS[:1], n_steps=16)
 
 
+def test_a_model_under_training_with_gradient_checkpointing() -> None:
+    model = tiny_model("llama").train()
+    model.gradient_checkpointing_enable()  # makes embeddings require gradients, by a hook
+    for a, b in zip(run(model, PAIRS), run(cached_model("llama"), PAIRS), strict=True):
+        np.testing.assert_array_equal(a.scores, b.scores)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_nothing_is_compiled_with_what_is_changed_meanwhile(in_place: bool) -> None:
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    model = tiny_model("gpt2")
+    compiled: Any = torch.compile(model, backend=backend)
+    if in_place:
+        model.compile(backend=backend)
+        compiled = model
+    before = model._compiled_call_impl
+    (result,) = run(compiled, PAIRS[:1], **FIXED)
+    (expected,) = run(cached_model("gpt2"), PAIRS[:1], **FIXED)
+    np.testing.assert_array_equal(result.scores, expected.scores)
+    assert graphs == []
+    assert model._compiled_call_impl is before
+
+
+def test_threads_take_turns() -> None:
+    model = tiny_model("llama")
+    expected = run(model, PAIRS)
+    with ThreadPoolExecutor(3) as pool:
+        runs = [pool.submit(run, model, PAIRS) for _ in range(3)]
+    for found in runs:
+        for a, b in zip(found.result(), expected, strict=True):
+            np.testing.assert_array_equal(a.scores, b.scores)
+
+
+@pytest.mark.parametrize("n_steps", [1, 2, 3])
+def test_adaptive_with_a_limit_below_its_first_points(n_steps: int) -> None:
+    with pytest.warns(UserWarning, match="did not converge"):
+        (result,) = run(cached_model("llama"), PAIRS[:1], n_steps=n_steps)
+    assert result.evaluations == 3
+
+
+@pytest.mark.parametrize("method", ["gradient_x_input", "smoothgrad", "occlusion"])
+@pytest.mark.parametrize("span", [(2, 6), (10, 12)])
+def test_other_methods_keep_to_the_span(method: str, span: tuple[int, int]) -> None:
+    model = cached_model("llama")
+    (result,) = run(model, PAIRS[:1], method=method, n_steps=4, attributed_span=span)
+    assert np.flatnonzero(result.scores).tolist() == list(range(*span))
+
+
+def test_gradient_x_input_does_not_depend_on_the_baseline() -> None:
+    pair = PreferencePair("<pad> <pad> <pad> <pad> <pad> the sky", "blue", "red")
+    bos, pad = (
+        run(cached_model("llama"), [pair], method="gradient_x_input", baseline=name)[0]
+        for name in ("bos", "pad")
+    )
+    np.testing.assert_allclose(bos.scores, pad.scores, rtol=1e-5, atol=1e-6)
+
+
 def test_chat_prompts_and_a_bar_that_spares_standard_output(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -375,6 +438,8 @@ def test_no_pairs_no_work() -> None:
         ({"max_batch_tokens": 0}, "max_batch_tokens must be"),
         ({"top_k": 0}, "top_k must be"),
         ({"baseline": "noise"}, "baseline must be one of"),
+        ({"baseline": np.zeros(32)}, "baseline must be one of"),
+        ({"seed": -1}, "seed must be"),
         ({"objective": "best"}, "objective must be one of"),
         ({"modalities": ("sound",)}, "modalities must name some of text, image"),
         ({"modalities": ("image",)}, r"pair 0: no token is attributed"),

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from grains_ext.attribution import Attribution, attribute, engine, load_attributions
+from grains_ext.attribution import Attribution, attribute, load_attributions, runs
 from grains_ext.attribution.engine import _Run
 from grains_ext.pairs import PreferencePair
 from tests.models import WORDS, tiny_model, tiny_tokenizer
@@ -21,7 +21,7 @@ PAIRS = [
 
 @pytest.fixture(autouse=True)
 def _small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "_GROUP_TOKENS", {"cpu": 20})
+    monkeypatch.setattr(runs, "_GROUP_TOKENS", {"cpu": 20})
 
 
 def run(pairs: list[PreferencePair] = PAIRS, **options: Any) -> list[Attribution]:

@@ -106,6 +106,39 @@ def test_a_model_that_ignores_the_mask_reads_two_sequences(monkeypatch: pytest.M
         np.testing.assert_allclose(a.scores, b.scores, rtol=1e-5, atol=1e-5)
 
 
+class SeesPadding(IgnoresMasks):
+    """Takes any mask, but in one layout only tells padding from tokens, as recurrent blocks do."""
+
+    def forward(self, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        if attention_mask is not None and attention_mask.ndim == 4:
+            first = kwargs["inputs_embeds"][:, :1]
+            kwargs["inputs_embeds"] = kwargs["inputs_embeds"] + (first == 0).all(-1, keepdim=True)
+        return self.module(attention_mask=attention_mask, **kwargs)
+
+
+def test_a_model_that_sees_padding_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    wrapped = SeesPadding(model)
+    assert set(found_on(wrapped, monkeypatch)) == {NO_SHORTCUTS}
+    for a, b in zip(run(wrapped), run(model), strict=True):
+        np.testing.assert_allclose(a.scores, b.scores, rtol=1e-5, atol=1e-5)
+
+
+class RefusesCaches(IgnoresMasks):
+    def forward(self, past_key_values: Any = None, **kwargs: Any) -> Any:
+        if past_key_values is not None:
+            raise IndexError("another kind of cache")
+        return self.module(**kwargs)
+
+
+def test_a_model_with_a_cache_of_its_own_reads_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    wrapped = RefusesCaches(model)
+    assert set(found_on(wrapped, monkeypatch, attributed_span=(9, 100))) == {
+        Shortcuts(prefix=False)
+    }
+
+
 class RefusesMasks(IgnoresMasks):
     def forward(self, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         if attention_mask is None or attention_mask.ndim == 4:

@@ -55,10 +55,12 @@ def adaptive(path: Path, settings: Settings) -> Dialogue:
     share of their absolute sum; with ``top_k``, when the k largest scores and the k smallest are
     those of the round before.
     """
-    most = _MOST_STEPS if settings.n_steps == "auto" else int(settings.n_steps)
+    # Three points at least: the coarser path below is made of every second one.
+    most = _MOST_STEPS if settings.n_steps == "auto" else max(3, int(settings.n_steps))
     # f is no more exact than the numbers it is computed in.
     resolution = torch.finfo(path.input.dtype).eps
-    alphas = np.linspace(0.0, 1.0, min(_FIRST_INTERVALS + 1, max(2, most)))
+    intervals = min(_FIRST_INTERVALS, most - 1)
+    alphas = np.linspace(0.0, 1.0, intervals - intervals % 2 + 1)
     found = yield OnPath(alphas, gradients=True)
     values, at_tokens = found.values, found.at_tokens
     # Before the first round stands the coarser path of every second point.

@@ -20,11 +20,11 @@ from grains_ext.attribution.prepare import Prepared, Preparer
 from grains_ext.attribution.result import Attribution
 from grains_ext.attribution.runs import Finished, carry_out, check_share, hash_of_pairs, naming
 from grains_ext.attribution.settings import Settings
+from grains_ext.attribution.shortcuts import alone_with
 from grains_ext.attribution.span import Span
 from grains_ext.decoder import DecoderView, unwrap
 from grains_ext.encoding import EncodedPair, encode_pair
 from grains_ext.pairs import PreferencePair
-from grains_ext.scoring import frozen
 from grains_ext.vision import open_image
 
 # A guess, for grouping alone: it takes the processor to tell.
@@ -77,7 +77,7 @@ def attribute(
         objective: what f is: "sum", "mean" (per token), "first" (the first token in which the
             answers differ), "chosen" or "rejected" (one answer alone), or a callable that takes
             `grains_ext.attribution.objective.ScoredLogits` and returns a tensor [n].
-        n_steps: points per path. "auto" is a limit of 240 for "adaptive", 50 points for the others.
+        n_steps: points per path. "auto" is a limit of 128 for "adaptive", 50 points for the others.
         tolerance: a pair has converged where |residual| <= tolerance * max(1, |f_input -
             f_baseline|): a share of the change of f, and an error in nats where f changes by less
             than one. "adaptive" stops when the error estimates of all panels add up to no more, and
@@ -137,7 +137,9 @@ class _Run:
     decoder: DecoderView | None
 
     def __post_init__(self) -> None:
-        self._view = self.decoder or DecoderView.of(self.model)
+        # Hooks and the graphs of torch.compile do not go together: the model as it was before.
+        model = getattr(self.model, "_orig_mod", self.model)
+        self._view = self.decoder or DecoderView.of(model)
         self._text_tokenizer = getattr(self.processor, "tokenizer", self.processor)
         self._baseline = Baseline(self._view, self._text_tokenizer, self.settings.baseline)
         self._preparer = Preparer(self._view, self.processor, self._baseline, self.settings)
@@ -149,7 +151,7 @@ class _Run:
 
     def attribute_group(self, group: Sequence[int], finished: Finished) -> dict[int, Attribution]:
         """The results of one group, by the number of the pair."""
-        with frozen(self._view.model):
+        with alone_with(self._view.model):
             prepared = []
             for number in group:
                 pair = self.pairs[number]

@@ -25,8 +25,8 @@ from grains_ext.attribution.prepare import Prepared, Preparer
 from grains_ext.attribution.settings import Settings
 from grains_ext.decoder import DecoderView, unwrap
 
-# What each model was found to honour, under each attention backend: for rows with a tree in them or
-# not, with a prefix or not.
+# What each model was found to honour, as it stood then: for rows with a tree in them or not, with a
+# prefix or not.
 _HONOURED: WeakKeyDictionary[nn.Module, dict[str, dict[tuple[bool, bool], Shortcuts]]] = (
     WeakKeyDictionary()
 )
@@ -35,6 +35,11 @@ _log = logging.getLogger(__name__)
 
 # A row shorter than this share of the longest waits for another call: it would be mostly padding.
 _LEAST_FILL = 0.8
+# What a token in a cached prefix holds in memory, of what one that is read does: every row has its
+# own keys and values, in the cache and again joined with those of the row.
+_CACHED_TOKEN = 0.25
+# Columns of padding that a model must not see when it is tried.
+_PADDING = 3
 # From the fastest to the one that every model allows.
 _TRIED = (
     Shortcuts(),
@@ -99,8 +104,11 @@ class Evaluator:
         self._preparer = preparer
         self._objective = settings.objective if callable(settings.objective) else None
         model = unwrap(decoder.model)
-        backend = str(getattr(getattr(model, "config", None), "_attn_implementation", None))
-        self._known = _HONOURED.setdefault(model, {}).setdefault(backend, {})
+        backend = getattr(getattr(model, "config", None), "_attn_implementation", None)
+        last = decoder.blocks[-1]
+        hooks = [*last._forward_pre_hooks, *last._forward_hooks]
+        standing = f"{backend} {next(decoder.embedding.parameters()).dtype} {hooks}"
+        self._known = _HONOURED.setdefault(model, {}).setdefault(standing, {})
         if settings.max_batch_tokens == "auto":
             self._budget, self._tokens_per_logits = automatic_budget(decoder)
         else:
@@ -171,7 +179,10 @@ class Evaluator:
         width = max(task.columns for task in like)
         scored = max(row.packed.n_normalised for task in like for row in task.rows)
         rows = max(len(task.rows) for task in like)
-        return rows * (width + round(scored * self._tokens_per_logits))
+        cached = max(row.n_prefix for task in like for row in task.rows)
+        return rows * (
+            width + round(cached * _CACHED_TOKEN) + round(scored * self._tokens_per_logits)
+        )
 
     def _answer(self, shares: Sequence[tuple[_Task, range]]) -> None:
         """Evaluates points of several tasks in one call, and files what was found."""
@@ -209,14 +220,13 @@ class Evaluator:
         """The rows of one pair, with the shortcuts that the model honours on its like."""
         if not self._preparer.may_shorten(prepared):
             return self._preparer.rows(prepared, NO_SHORTCUTS), NO_SHORTCUTS
-        rows = self._preparer.rows(prepared, Shortcuts())
-        like = (any(row.packed.is_tree for row in rows), rows[0].prefix is not None)
+        rows = self._preparer.rows(prepared, Shortcuts(prefix=False))
+        is_tree = any(row.packed.is_tree for row in rows)
+        like = (is_tree, self._preparer.prefix_length(prepared, rows) > 0)
         shortcuts = self._known.get(like)
         if shortcuts is None:
             shortcuts = self._known[like] = self._honoured(prepared)
-        return (
-            rows if shortcuts == Shortcuts() else self._preparer.rows(prepared, shortcuts)
-        ), shortcuts
+        return self._preparer.rows(prepared, shortcuts), shortcuts
 
     @torch.no_grad()
     def _honoured(self, prepared: Prepared) -> Shortcuts:
@@ -224,20 +234,24 @@ class Evaluator:
         path = prepared.path
         points = OnPath(np.array([0.5]), gradients=False).build(path, range(1))
 
-        def values(shortcuts: Shortcuts) -> Tensor:
+        def values(shortcuts: Shortcuts, padding: int) -> Tensor:
             rows = self._preparer.rows(prepared, shortcuts)
-            return Batch([Unit(rows, points)], shortcuts).objective(self._decoder)[0]
+            return Batch([Unit(rows, points)], shortcuts, padding).objective(self._decoder)[0]
 
-        plain = values(NO_SHORTCUTS)
-        tolerance = 1e-3 if path.input.dtype == torch.float32 else 0.1
+        plain = values(NO_SHORTCUTS, 0)
+        n_terms = len(prepared.ids.chosen_ids) + len(prepared.ids.rejected_ids)
+        rounding = 16 * torch.finfo(path.input.dtype).eps * n_terms**0.5
+        tolerance = 1e-3 * plain.abs().clamp(min=1) + rounding
         for shortcuts in _TRIED:
             try:
-                difference = (values(shortcuts) - plain).abs()
-            except torch.OutOfMemoryError:
-                raise
+                # Also padded, as rows of several lengths are: recurrent blocks take it for tokens
+                # where no mask [batch, tokens] tells them.
+                found = torch.cat([values(shortcuts, padding) for padding in (0, _PADDING)])
             except Exception as error:  # whatever a model makes of arguments unknown to it
+                if is_out_of_memory(error):
+                    raise
                 _log.debug("%s: %s", shortcuts, error)
                 continue
-            if bool((difference <= tolerance * plain.abs().clamp(min=1)).all()):
+            if bool(((found - plain).abs() <= tolerance).all()):
                 return shortcuts
         return NO_SHORTCUTS

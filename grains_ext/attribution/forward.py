@@ -90,6 +90,8 @@ class Batch:
 
     units: Sequence[Unit]
     shortcuts: Shortcuts
+    padding: int = 0
+    """Columns more than the longest row needs."""
     embeddings: Tensor = field(init=False)
     """[N, W, D], the leaf that gradients are taken of."""
 
@@ -101,7 +103,7 @@ class Batch:
             for point in range(unit.n_points)
             for row in unit.rows
         ]
-        width = max(row.n_read for _, row, _ in self._places)
+        width = max(row.n_read for _, row, _ in self._places) + self.padding
         first = self.units[0].points
         self.embeddings = first.new_zeros(len(self._places), width, first.shape[-1])
         for number, (unit, row, point) in enumerate(self._places):
@@ -262,6 +264,11 @@ def _attention_mask(rows: list[Row], embeddings: Tensor) -> Tensor | dict[str, T
     """Additive [N, 1, W, P + W] in the dtype of the embeddings, by layer type where rows are."""
     width = embeddings.shape[1]
     longest = max(row.n_prefix for row in rows)
+    # The points of a pair share their rows: one mask is made for each, and repeated on the device.
+    distinct = {id(row): row for row in rows}
+    number_of = {key: number for number, key in enumerate(distinct)}
+    order = torch.tensor([number_of[id(row)] for row in rows], device=embeddings.device)
+    rows = list(distinct.values())
 
     def whole(masks: list[Tensor]) -> Tensor:
         # Padding attends itself alone: a row without any column has no softmax.
@@ -275,12 +282,11 @@ def _attention_mask(rows: list[Row], embeddings: Tensor) -> Tensor | dict[str, T
 
     masks = [row.allowed for row in rows]
     by_type = [mask for mask in masks if isinstance(mask, dict)]
-    allowed: Tensor | dict[str, Tensor]
     if by_type:
-        allowed = {name: whole([mask[name] for mask in by_type]) for name in by_type[0]}
-    else:
-        allowed = whole([mask for mask in masks if isinstance(mask, Tensor)])
-    return additive_mask(allowed, embeddings)
+        parts = {name: whole([mask[name] for mask in by_type]) for name in by_type[0]}
+        return {name: additive_mask(part, embeddings)[order] for name, part in parts.items()}
+    alike = whole([mask for mask in masks if isinstance(mask, Tensor)])
+    return additive_mask(alike, embeddings)[order]
 
 
 def _position_ids(rows: list[Row], width: int) -> Tensor:

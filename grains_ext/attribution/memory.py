@@ -10,7 +10,7 @@ import torch
 from grains_ext.decoder import DecoderView, unwrap
 
 # On a CPU the share of memory that one call may take: larger calls are no faster there.
-_CPU_BYTES = 384 << 20
+_CPU_BYTES = 768 << 20
 # On a GPU: the share of the free memory.
 _GPU_SHARE = 0.6
 _LEAST, _MOST = 64, 1 << 17
@@ -57,7 +57,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that the device had no memory left."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    said = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 
 def _physical_bytes() -> int:

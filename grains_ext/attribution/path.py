@@ -59,9 +59,14 @@ class Baseline:
                 f"baseline must be one of {', '.join(BASELINES)} or a tensor, got {baseline!r}"
             )
 
+    @property
+    def per_token(self) -> bool:
+        """Whether it is a tensor [T, D], which says for every token where it starts."""
+        return self._embedding.ndim == 2
+
     def check_length(self, n_tokens: int) -> None:
         """Raises ValueError where a [T, D] baseline meets a prompt of ``n_tokens`` other than T."""
-        if self._embedding.ndim == 2 and self._embedding.shape[0] != n_tokens:
+        if self.per_token and self._embedding.shape[0] != n_tokens:
             raise ValueError(
                 f"the baseline tensor has {self._embedding.shape[0]} rows, the prompt {n_tokens} "
                 "tokens; give [D], or prompts of that length"
@@ -73,7 +78,7 @@ class Baseline:
         ``inputs_embeds`` [T, D] are the prompt's real embeddings; the result has the same shape,
         dtype and device.
         """
-        if self._embedding.ndim == 2:
+        if self.per_token:
             self.check_length(len(prompt_ids))
             return self._embedding.clone()
         start = self._embedding.expand_as(inputs_embeds).clone()

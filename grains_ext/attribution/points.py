@@ -26,6 +26,8 @@ class Path:
     """The pair's number, which seeds what is drawn for it."""
     input: Tensor
     baseline: Tensor
+    attributed: Tensor
+    """bool [T]. Such a token may lie at its baseline even so, as a BOS token does."""
 
     @property
     def moving(self) -> list[int]:
@@ -82,8 +84,8 @@ class Noisy:
 
     def build(self, path: Path, part: range) -> Tensor:
         deviation = self.noise * (path.input.max() - path.input.min()).float()
-        moves = (path.input != path.baseline).any(-1, keepdim=True)
-        return torch.stack([path.input + self._draw(path, i) * deviation * moves for i in part]).to(
+        deviations = deviation * path.attributed[:, None]
+        return torch.stack([path.input + self._draw(path, i) * deviations for i in part]).to(
             path.input.dtype
         )
 
@@ -93,7 +95,7 @@ class Noisy:
         return torch.randn(path.input.shape, generator=generator).to(path.input.device)
 
     def origin(self, path: Path) -> Tensor:
-        return torch.zeros_like(path.input)
+        return path.input.masked_fill(path.attributed[:, None], 0.0)
 
 
 @dataclass(frozen=True)

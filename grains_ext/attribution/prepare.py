@@ -14,6 +14,7 @@ from grains_ext.attribution.forward import LayerStates, Row, Shortcuts, read_pre
 from grains_ext.attribution.objective import answers_of
 from grains_ext.attribution.path import Baseline, max_positions
 from grains_ext.attribution.points import Path
+from grains_ext.attribution.rules import check_length
 from grains_ext.attribution.sequences import Packed, pack
 from grains_ext.attribution.settings import Settings
 from grains_ext.attribution.span import span_of
@@ -23,7 +24,12 @@ from grains_ext.pairs import PreferencePair
 from grains_ext.vision import CapturedPrompt, ImageGrid, capture_prompt, image_baseline_embeddings
 
 # Where a configuration says that some blocks attend the last so many tokens only.
-_WINDOWS = ("sliding_window", "attention_chunk_size")
+_WINDOWS = (
+    "sliding_window",
+    "attention_chunk_size",
+    "attention_window_size",
+    "window_size",
+)
 # Below this a cached prefix saves less than it costs to read.
 _LEAST_PREFIX = 8
 
@@ -44,9 +50,8 @@ class Prepared:
 
     @property
     def n_fixed(self) -> int:
-        """Tokens before the first one that moves along the path."""
-        moving = self.path.moving
-        return moving[0] if moving else len(self.ids.prompt_ids)
+        """Tokens before the first one that is attributed."""
+        return int(self.path.attributed.nonzero()[0])
 
 
 class Preparer:
@@ -66,14 +71,7 @@ class Preparer:
         self._baseline.check_length(len(ids.prompt_ids))
         answers_of(ids, self._settings.objective)
         span_of(self._processor, pair, ids.prompt_ids, self._settings.attributed_span)
-        n_tokens = len(ids.prompt_ids) + max(len(ids.chosen_ids), len(ids.rejected_ids))
-        limit = max_positions(self._decoder)
-        # The last token of a continuation is predicted, never read.
-        if limit is not None and n_tokens - 1 > limit:
-            raise ValueError(
-                f"prompt and continuation have {n_tokens} tokens, the model has {limit} positions; "
-                "shorten the prompt"
-            )
+        check_length(ids, max_positions(self._decoder))
 
     @torch.no_grad()
     def prepare(self, number: int, pair: PreferencePair, ids: EncodedPair | None) -> Prepared:
@@ -89,7 +87,7 @@ class Preparer:
             self._decoder.embed(torch.tensor([ids.prompt_ids], device=self._device))[0]
             if captured is None
             else captured.embeddings
-        )
+        ).detach()  # models prepared for training adapters make embeddings require gradients
         modality = captured.modality if captured else ("text",) * len(ids.prompt_ids)
         return Prepared(
             ids=ids,
@@ -102,15 +100,14 @@ class Preparer:
             replayed=captured.stack_kwargs if captured else None,
         )
 
+    @torch.no_grad()
     def rows(self, prepared: Prepared, shortcuts: Shortcuts) -> list[Row]:
         """The sequences that f is read from."""
         answers = answers_of(prepared.ids, self._settings.objective)
         packed = pack(prepared.ids.prompt_ids, answers, tree=shortcuts.tree)
         rows = [self._row(prepared, one) for one in packed]
-        n_prefix = self._prefix_length(prepared, rows) if shortcuts.prefix else 0
-        if n_prefix < _LEAST_PREFIX:
-            return rows
-        return [self._with_prefix(prepared, row, n_prefix) for row in rows]
+        n_prefix = self.prefix_length(prepared, rows) if shortcuts.prefix else 0
+        return [self._with_prefix(prepared, row, n_prefix) for row in rows] if n_prefix else rows
 
     def may_shorten(self, prepared: Prepared) -> bool:
         """Whether a mask and positions of our own can say what the model's own would.
@@ -147,7 +144,7 @@ class Preparer:
         prompt = embeddings[:n_prompt]
         start = self._baseline.embeddings(ids.prompt_ids, prompt)
         is_image = torch.tensor([kind == "image" for kind in modality], device=prompt.device)
-        if captured is not None:
+        if captured is not None and not self._baseline.per_token:
             start[is_image] = image_baseline_embeddings(
                 self._decoder, self._processor, pair, captured, self._settings.image_baseline
             ).to(start)
@@ -162,7 +159,7 @@ class Preparer:
                 f"no token is attributed: the prompt has none of {self._settings.modalities} "
                 "in the attributed span"
             )
-        return Path(number, prompt, torch.where(attributed[:, None], start, prompt))
+        return Path(number, prompt, torch.where(attributed[:, None], start, prompt), attributed)
 
     def _row(self, prepared: Prepared, packed: Packed) -> Row:
         n_prompt = len(prepared.ids.prompt_ids)
@@ -191,8 +188,8 @@ class Preparer:
             replayed=replayed,
         )
 
-    def _prefix_length(self, prepared: Prepared, rows: Sequence[Row]) -> int:
-        """Columns before the first that moves, as far as none of them sees a later one."""
+    def prefix_length(self, prepared: Prepared, rows: Sequence[Row]) -> int:
+        """Columns worth a cache: before the first that moves, if none of them sees a later one."""
         # One column at least is left to be read.
         length = min(prepared.n_fixed, len(prepared.ids.prompt_ids) - 1)
         allowed = rows[0].allowed
@@ -202,7 +199,9 @@ class Preparer:
             closed = (reach == torch.arange(length)).nonzero()
             length = int(closed[-1]) + 1 if len(closed) else 0
         # Features that later blocks add to image tokens cannot be shared out to prefix and rest.
-        return 0 if prepared.replayed and "image" in prepared.modality[length:] else length
+        if prepared.replayed and "image" in prepared.modality[length:]:
+            return 0
+        return length if length >= _LEAST_PREFIX else 0
 
     def _with_prefix(self, prepared: Prepared, row: Row, n_prefix: int) -> Row:
         if row.replayed is not None:

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from grains_ext.encoding import EncodedPair
+
 RULES = ("gausslegendre", "riemann_middle")
 BASELINES = ("bos", "mean", "pad", "unk", "mask", "zero")
 DEFAULT_STEPS = 50
@@ -59,6 +61,17 @@ def special_token(tokenizer: Any, name: str) -> tuple[str, int]:
         f"baseline {name!r}: the tokenizer has no such token. Use 'mean', another special token "
         "or a tensor"
     )
+
+
+def check_length(ids: EncodedPair, limit: int | None) -> None:
+    """Raises ValueError where a pair has more tokens than the model has positions."""
+    n_tokens = len(ids.prompt_ids) + max(len(ids.chosen_ids), len(ids.rejected_ids))
+    # The last token of a continuation is predicted, never read.
+    if limit is not None and n_tokens - 1 > limit:
+        raise ValueError(
+            f"prompt and continuation have {n_tokens} tokens, the model has {limit} positions; "
+            "shorten the prompt"
+        )
 
 
 def warn_of_zero() -> None:

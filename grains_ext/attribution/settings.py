@@ -51,6 +51,8 @@ class Settings:
         check_span(self.attributed_span)
         if not (isinstance(self.tolerance, int | float) and self.tolerance > 0):
             raise ValueError(f"tolerance must be a positive number, got {self.tolerance!r}")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed must be an integer of at least 0, got {self.seed!r}")
         if not self.modalities or not set(self.modalities) <= set(MODALITIES):
             raise ValueError(
                 f"modalities must name some of {', '.join(MODALITIES)}, got {self.modalities!r}"
@@ -76,7 +78,7 @@ class Settings:
 
 
 def _one_of(name: str, value: object, known: tuple[str, ...], more: str = "") -> None:
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise ValueError(f"{name} must be one of {', '.join(known)}{more}, got {value!r}")
 
 

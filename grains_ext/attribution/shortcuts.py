@@ -10,13 +10,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock, RLock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from grains_ext.decoder import DecoderView, hidden_states_of
+from grains_ext.decoder import DecoderView, hidden_states_of, unwrap
+from grains_ext.scoring import frozen
 
 # Under which of its arguments a block takes the cache.
 _CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
@@ -27,6 +30,30 @@ _COLUMN_DIMENSIONS = {
     "position_ids": -1,
     "cache_position": -1,
 }
+
+
+_LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+_LOCKS_LOCK = Lock()
+
+
+@contextmanager
+def alone_with(model: nn.Module) -> Iterator[None]:
+    """Frozen, uncompiled, and no other attribution of this model at the same time.
+
+    What this module changes of a model is changed for every thread, and would stay in the graphs of
+    ``torch.compile``, which do not notice that hooks come and go.
+    """
+    with _LOCKS_LOCK:
+        lock = _LOCKS.setdefault(unwrap(model), RLock())
+    with lock, frozen(model):
+        compiled = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl}
+        for module in compiled:
+            module._compiled_call_impl = None
+        try:
+            yield
+        finally:
+            for module, call in compiled.items():
+                module._compiled_call_impl = call
 
 
 class CannotTrim(Exception):
