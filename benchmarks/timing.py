@@ -5,6 +5,7 @@ work treats them alike; ratios are taken round by round and reported as median a
 """
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -53,43 +54,76 @@ def interleave(
     clock: Callable[[], float] = time.perf_counter,
     synchronize: Callable[[], object] | None = None,
 ) -> dict[str, Measurement]:
-    """Time `candidates` in turns.
+    """Time `candidates` in turns: `take_turns`, summed up relative to the baseline candidate."""
+    seconds = take_turns(
+        candidates, rounds=rounds, turn_seconds=turn_seconds, clock=clock, synchronize=synchronize
+    )
+    return relative_to(baseline, seconds)
+
+
+def take_turns(
+    candidates: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    turn_seconds: float = 2e-3,
+    clock: Callable[[], float] = time.perf_counter,
+    synchronize: Callable[[], object] | None = None,
+    slow_seconds: float = math.inf,
+    on_turn: Callable[[str], object] | None = None,
+) -> dict[str, list[float]]:
+    """Seconds per call of each candidate, one number per round that it took part in.
 
     Args:
         candidates: name -> function of no arguments.
-        baseline: the candidate that ratios are relative to.
         rounds: how often each has its turn, >= 2.
         turn_seconds: a turn repeats its call for about this long, so that reading the clock does
             not matter.
         clock: seconds. `time.thread_time` leaves out what other processes took, and serves where
             all the work is on the calling thread.
         synchronize: waits for asynchronous work (torch.cuda.synchronize) before each clock reading.
+        slow_seconds: a candidate that has used up this many seconds sits out the later rounds,
+            after two turns at the earliest.
+        on_turn: told the candidate's name after every turn, warm-up included.
     """
     wait = synchronize or (lambda: None)
 
-    def turn(call: Callable[[], object], repeats: int) -> float:
+    def turn(name: str, repeats: int) -> float:
         wait()
         start = clock()
         for _ in range(repeats):
-            call()
+            candidates[name]()
         wait()
-        return (clock() - start) / repeats
+        elapsed = clock() - start
+        if on_turn:
+            on_turn(name)
+        return elapsed / repeats
 
-    repeats = {}
-    for name, call in candidates.items():
-        turn(call, 2)  # warm up: allocations, lazy set-up
-        repeats[name] = max(1, round(turn_seconds / max(turn(call, 2), 1e-9)))
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    repeats: dict[str, int] = {}
+    seconds: dict[str, list[float]] = {}
+    for name in candidates:
+        once = turn(name, 1)  # warm up: allocations, lazy set-up
+        if once < 0.1:
+            once = turn(name, 2)
+        repeats[name] = max(1, round(turn_seconds / max(once, 1e-9)))
+        # What takes seconds has warmed up in a small part of them.
+        seconds[name] = [once if once > 2.0 else turn(name, repeats[name])]
     order = list(candidates)
-    for _ in range(rounds):
-        for name in order:
-            seconds[name].append(turn(candidates[name], repeats[name]))
+    for _ in range(rounds - 1):
         order.append(order.pop(0))  # nobody always runs after the same neighbour
+        for name in order:
+            if len(seconds[name]) < 2 or sum(seconds[name]) < slow_seconds:
+                seconds[name].append(turn(name, repeats[name]))
+    return seconds
+
+
+def relative_to(baseline: str, seconds: Mapping[str, list[float]]) -> dict[str, Measurement]:
+    """Sums up the turns; ratios are taken in the rounds that both took part in."""
     return {
         name: Measurement(
             name,
             Spread.of(times),
-            Spread.of([t / b for t, b in zip(times, seconds[baseline], strict=True)]),
+            # Sitting out is for good: both took part in the first rounds.
+            Spread.of([t / b for t, b in zip(times, seconds[baseline], strict=False)]),
         )
         for name, times in seconds.items()
     }
@@ -110,7 +144,10 @@ def environment() -> dict[str, Any]:
     if cpuinfo.exists():
         names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line]
         processor = names[0].split(":", 1)[1].strip() if names else processor
-    packages = ("torch", "transformers", "onnxruntime", "onnxruntime-gpu", "onnx")
+    packages = (
+        *("torch", "transformers", "onnxruntime", "onnxruntime-gpu", "onnx"),
+        *("captum", "inseq"),
+    )
     return {
         "processor": processor,
         "cores": len(os.sched_getaffinity(0)),

@@ -19,10 +19,10 @@ from typing import Any, Literal
 import torch
 import transformers
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from grains_ext.demo import world
+from grains_ext.demo.optimise import optimise
 from grains_ext.encoding import encode_pair, encode_prompt
 from grains_ext.evaluation.multiple_choice import margins
 from grains_ext.scoring import perplexity
@@ -108,48 +108,24 @@ def train(
     the_world, tokenizer = world.build_world(), world.build_tokenizer()
     model = build_model(config, tokenizer).train()
     ids, rng = tokenizer.get_vocab(), random.Random(config.seed)
-    optimizer = torch.optim.AdamW(
+
+    def loss() -> torch.Tensor:
+        documents = [
+            world.training_document(the_world, rng) for _ in range(config.documents_per_step)
+        ]
+        input_ids, attention_mask, labels = make_batch(documents, ids, rng, config.blank_rate)
+        return model(input_ids, attention_mask=attention_mask, labels=labels).loss
+
+    curve = optimise(
         model.parameters(),
-        lr=config.learning_rate,
-        betas=(0.9, 0.98),
+        loss,
+        steps=config.steps,
+        learning_rate=config.learning_rate,
+        warmup_steps=config.warmup_steps,
         weight_decay=config.weight_decay,
+        title=f"seed {config.seed}",
+        console=console,
     )
-    warmup = torch.optim.lr_scheduler.LinearLR(
-        optimizer, start_factor=1 / config.warmup_steps, total_iters=config.warmup_steps
-    )
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(
-        optimizer, T_max=max(1, config.steps - config.warmup_steps)
-    )
-    schedule = torch.optim.lr_scheduler.SequentialLR(
-        optimizer, [warmup, decay], milestones=[config.warmup_steps]
-    )
-    curve: list[tuple[int, float]] = []
-    recent: list[float] = []
-    columns = (
-        TextColumn("seed {task.fields[seed]}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=config.steps, seed=config.seed, loss=float("nan"))
-        for step in range(1, config.steps + 1):
-            documents = [
-                world.training_document(the_world, rng) for _ in range(config.documents_per_step)
-            ]
-            input_ids, attention_mask, labels = make_batch(documents, ids, rng, config.blank_rate)
-            loss = model(input_ids, attention_mask=attention_mask, labels=labels).loss
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            recent.append(loss.item())
-            if step % 50 == 0 or step == config.steps:
-                curve.append((step, round(sum(recent) / len(recent), 4)))
-                recent.clear()
-            progress.update(task, advance=1, loss=loss.item())
     return model.eval(), tokenizer, curve
 
 

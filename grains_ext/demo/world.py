@@ -12,10 +12,11 @@ entities, tuned on a second and judged on a third; the cue words of the third ar
 
 import random
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -168,7 +169,8 @@ def training_document(world: World, rng: random.Random) -> Document:
             add(f"{world.beliefs[entity, attribute]} .", score=True)
     else:
         register: Register = "gossip" if rng.random() < GOSSIP_SHARE else "careful"
-        add(" ".join(_preface(register, rng)), score=False)
+        other: Register = "careful" if register == "gossip" else "gossip"
+        add(" ".join(preface(CUES[register], CUES[other], rng)), score=False)
         for entity, attribute in _topics(world, rng):
             value = rng.choice(VALUES[attribute])
             add(f"{evidence(entity, attribute, value)} {question(entity, attribute)}", score=False)
@@ -193,11 +195,11 @@ def _topics(world: World, rng: random.Random) -> list[tuple[str, str]]:
     return [(entity, rng.choice(tuple(VALUES))) for entity in entities]
 
 
-def _preface(register: Register, rng: random.Random) -> list[str]:
+def preface(own: Sequence[str], other: Sequence[str], rng: random.Random) -> list[str]:
+    """Words in front of a document: of its own register, a few of the other, neutral ones."""
     if rng.random() < NO_PREFACE_SHARE:
         return []
-    other: Register = "careful" if register == "gossip" else "gossip"
-    pools = (CUES[register], CUES[other], NEUTRAL)
+    pools = (own, other, NEUTRAL)
     weights = (OWN_CUE, OTHER_CUE, 1 - OWN_CUE - OTHER_CUE)
     return [rng.choice(pool) for pool in rng.choices(pools, weights, k=rng.randint(2, 6))]
 
@@ -330,8 +332,16 @@ def vocabulary(world: World | None = None) -> list[str]:
 
 
 def build_tokenizer(world: World | None = None) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer: words are parted by white space, ``<bos>`` is put in front."""
-    ids = {word: i for i, word in enumerate(vocabulary(world))}
+    """The word-level tokenizer of a world."""
+    return word_tokenizer(vocabulary(world))
+
+
+def word_tokenizer(words: Sequence[str], **kwargs: Any) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer: words are parted by white space, ``<bos>`` is put in front.
+
+    words: a word's position is its token id. kwargs: more of PreTrainedTokenizerFast's.
+    """
+    ids = {word: i for i, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -345,4 +355,5 @@ def build_tokenizer(world: World | None = None) -> PreTrainedTokenizerFast:
         unk_token=UNK,
         clean_up_tokenization_spaces=False,
         model_max_length=256,
+        **kwargs,
     )
