@@ -1,19 +1,26 @@
 # `make demo` and `make test` do everything on a fresh machine: Python >= 3.11, a C++ compiler, make.
 # Settings: PYTHON, VENV, TORCH (what pip is told to install), ORT=cpu|gpu, GRAINS_CUDA=ON|OFF|AUTO,
-# CMAKE_CUDA_ARCHITECTURES. `make setup GRAINS_CUDA=OFF` skips the CUDA compile.
+# CMAKE_CUDA_ARCHITECTURES, JOBS. `make setup GRAINS_CUDA=OFF` skips the CUDA compile.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+# Tests run on as many processes, each on one thread.
+JOBS ?= auto
 # onnxruntime and onnxruntime-gpu share an import name: exactly one is installed.
 ORT ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+# onnxruntime-genai (37 MB) needs the CPU onnxruntime; the tests that run it are skipped without.
+comma := ,
+GENAI := $(if $(filter cpu,$(ORT)),$(comma)genai)
 # The oldest onnxruntime that is supported, in a folder of its own for the tests.
 ORT_OLDEST := 1.20.1
 ORT_OLDEST_DIR := build/onnxruntime-1.20
+# optimum-onnx wants an older transformers: in a folder of its own too.
+OPTIMUM_DIR := build/optimum
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py
-CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES := $(shell find csrc examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help setup demo test test-gpu lint format bench wheel clean
 .DELETE_ON_ERROR:
@@ -36,7 +43,7 @@ $(VENV)/.torch: $(VENV)/.created
 
 $(VENV)/.dependencies: pyproject.toml $(VENV)/.torch
 	$(PIP) cmake ninja pybind11
-	$(PIP) --no-build-isolation -e '.[$(ORT),dev]'
+	$(PIP) --no-build-isolation -e '.[$(ORT),dev$(GENAI)]'
 	touch $@
 
 $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
@@ -47,11 +54,17 @@ $(ORT_OLDEST_DIR)/.installed:
 	$(PIP) --no-deps --upgrade --target $(ORT_OLDEST_DIR) onnxruntime==$(ORT_OLDEST)
 	touch $@
 
+$(OPTIMUM_DIR)/.installed:
+	$(PIP) --no-deps --upgrade --target $(OPTIMUM_DIR) optimum-onnx==0.1.0 optimum==2.3.0 \
+		transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2
+	$(PIP) --upgrade --target $(OPTIMUM_DIR) requests
+	touch $@
+
 demo: setup
 	$(BIN)/grains demo
 
-test: setup $(ORT_OLDEST_DIR)/.installed
-	GRAINS_REQUIRE_ORT_VERSIONS=1 $(BIN)/python -m pytest -m "not gpu"
+test: setup $(ORT_OLDEST_DIR)/.installed $(OPTIMUM_DIR)/.installed
+	GRAINS_REQUIRE_ORT_VERSIONS=1 $(BIN)/python -m pytest -m "not gpu" -n $(JOBS) --dist loadfile
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
@@ -69,6 +82,8 @@ format: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.kernels
+	$(BIN)/python -m benchmarks.attribution
+	$(BIN)/python -m benchmarks.inject
 
 wheel: setup
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .

@@ -12,21 +12,37 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from grains_ext.export.adapter import write_adapter
+    from grains_ext.export.attribution import export_attribution
+    from grains_ext.export.attribution_graph import AttributionGraph
+    from grains_ext.export.errors import GraphError
     from grains_ext.export.functions import DOMAIN, OPSET_VERSION, add_functions, function_proto
     from grains_ext.export.generate import OnnxDecoder
-    from grains_ext.export.inject import Injected, inject
-    from grains_ext.export.locate import GraphError, Site, locate
-    from grains_ext.export.model import ExportError, export_graph, export_model
+    from grains_ext.export.inject import inject, remove_steering
+    from grains_ext.export.locate import Site, locate
+    from grains_ext.export.model import export_model
     from grains_ext.export.runtime import ort_library_path, session
+    from grains_ext.export.surgery import Injected
+    from grains_ext.export.text import TextGenerator
+    from grains_ext.export.trace import ExportError, export_graph
+    from grains_ext.export.triton import write_triton
     from grains_ext.export.verify import Parity, RuntimeParity, count_nodes, verify
 
 _HOMES = {
+    "adapter": ("write_adapter",),
+    "attribution": ("export_attribution",),
+    "attribution_graph": ("AttributionGraph",),
+    "errors": ("GraphError",),
     "functions": ("DOMAIN", "OPSET_VERSION", "add_functions", "function_proto"),
     "generate": ("OnnxDecoder",),
-    "inject": ("Injected", "inject"),
-    "locate": ("GraphError", "Site", "locate"),
-    "model": ("ExportError", "export_graph", "export_model"),
+    "inject": ("inject", "remove_steering"),
+    "locate": ("Site", "locate"),
+    "model": ("export_model",),
     "runtime": ("ort_library_path", "session"),
+    "text": ("TextGenerator",),
+    "trace": ("ExportError", "export_graph"),
+    "surgery": ("Injected",),
+    "triton": ("write_triton",),
     "verify": ("Parity", "RuntimeParity", "count_nodes", "verify"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -34,6 +50,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "DOMAIN",
     "OPSET_VERSION",
+    "AttributionGraph",
     "ExportError",
     "GraphError",
     "Injected",
@@ -41,16 +58,21 @@ __all__ = [
     "Parity",
     "RuntimeParity",
     "Site",
+    "TextGenerator",
     "add_functions",
     "count_nodes",
+    "export_attribution",
     "export_graph",
     "export_model",
     "function_proto",
     "inject",
     "locate",
     "ort_library_path",
+    "remove_steering",
     "session",
     "verify",
+    "write_adapter",
+    "write_triton",
 ]
 
 

@@ -1,8 +1,8 @@
-"""Greedy decoding of an exported decoder through onnxruntime, its cache kept on the device."""
+"""Decoding of an exported decoder through onnxruntime, its cache kept on the device."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +13,42 @@ from grains_ext.export.runtime import require_onnxruntime
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, OrtValue
 
+PREFILL_TOKENS = 512
+"""Prompt tokens in one pass: each has a row of logits as long as the vocabulary."""
+
 _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+class Sampler:
+    """Chooses tokens from logits.
+
+    temperature: 0 takes the likeliest. top_p: the smallest set of likeliest tokens whose
+        probability reaches it is drawn from; 1 draws from all. seed: of the draws.
+    """
+
+    def __init__(self, *, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> None:
+        if not (temperature >= 0 and np.isfinite(temperature)):
+            raise ValueError(f"temperature is {temperature}; expected a number from 0")
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p is {top_p}; expected a number above 0, up to 1")
+        self._temperature, self._top_p = temperature, top_p
+        self._random = np.random.default_rng(seed)
+
+    def __call__(self, logits: NDArray) -> NDArray[np.int64]:
+        """logits [batch, vocabulary] -> tokens [batch]."""
+        if self._temperature == 0:
+            return logits.argmax(axis=-1).astype(np.int64)
+        scaled = logits.astype(np.float64) / self._temperature
+        probabilities = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
+        probabilities /= probabilities.sum(axis=-1, keepdims=True)
+        order = np.argsort(-probabilities, axis=-1, kind="stable")
+        ordered = np.take_along_axis(probabilities, order, axis=-1)
+        # A token is drawn from while those before it do not reach top_p: at least one is.
+        ordered[ordered.cumsum(axis=-1) - ordered >= self._top_p] = 0
+        reached = ordered.cumsum(axis=-1)
+        draws = self._random.random((len(logits), 1)) * reached[:, -1:]
+        places = (reached <= draws).sum(axis=-1, keepdims=True)
+        return np.take_along_axis(order, places, axis=-1)[:, 0].astype(np.int64)
 
 
 class OnnxDecoder:
@@ -22,7 +57,7 @@ class OnnxDecoder:
     session: as from `grains_ext.export.session`, of a graph with the input and output names that
         `export_model` documents; graphs without position_ids are served as well.
     overrides: values fed at every step in the place of defaults in the graph, such as
-        {"grains.strength": np.array(0, np.float32)}.
+        {"grains.strength": np.zeros(1, np.float32)}.
 
     The cache passes from step to step as OrtValues, never through numpy.
     """
@@ -90,31 +125,57 @@ class OnnxDecoder:
         attention_mask: NDArray[np.int64] | None = None,
         *,
         max_new_tokens: int,
-        eos_token_id: int | None = None,
+        eos_token_id: int | Collection[int] | None = None,
+        sampler: Sampler | None = None,
     ) -> NDArray[np.int64]:
-        """Greedy continuation.
+        """The continuation, [batch, at most max_new_tokens]; see `stream`."""
+        new = list(
+            self.stream(
+                input_ids,
+                attention_mask,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=eos_token_id,
+                sampler=sampler,
+            )
+        )
+        return np.stack(new, axis=1) if new else input_ids[:, :0]
+
+    def stream(
+        self,
+        input_ids: NDArray[np.int64],
+        attention_mask: NDArray[np.int64] | None = None,
+        *,
+        max_new_tokens: int,
+        eos_token_id: int | Collection[int] | None = None,
+        sampler: Sampler | None = None,
+    ) -> Iterator[NDArray[np.int64]]:
+        """The tokens that follow, one per row at a time: [batch].
 
         input_ids [batch, tokens], padded on the left where attention_mask [batch, tokens] is 0.
-        Rows go on after eos_token_id, with eos_token_id, until all rows have met it.
-
-        Returns the new tokens, [batch, at most max_new_tokens].
+        Rows go on after an eos_token_id, with the same one, until all rows have met one.
+        sampler: how a token is chosen; greedily if None.
         """
         mask = np.ones_like(input_ids) if attention_mask is None else attention_mask
+        choose = sampler or Sampler()
+        if eos_token_id is None:
+            eos_token_id = ()
+        ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
         cache: list[OrtValue] | None = None
         done = np.zeros(len(input_ids), dtype=bool)
-        new: list[NDArray[np.int64]] = []
+        tokens = np.zeros(len(input_ids), dtype=np.int64)
         for _ in range(max_new_tokens):
-            logits, cache = self.step(input_ids, mask, cache)
-            tokens = logits[:, -1].argmax(axis=-1)
-            if eos_token_id is not None:
-                tokens = np.where(done, eos_token_id, tokens)
-                done |= tokens == eos_token_id
-            input_ids = tokens[:, None].astype(np.int64)
-            new.append(input_ids)
+            start = mask.shape[1] - input_ids.shape[1]
+            for begin in range(0, input_ids.shape[1], PREFILL_TOKENS):
+                part = input_ids[:, begin : begin + PREFILL_TOKENS]
+                end = start + begin + part.shape[1]
+                logits, cache = self.step(part, mask[:, :end], cache)
+            tokens = np.where(done, tokens, choose(logits[:, -1]))
+            yield tokens
+            done |= np.isin(tokens, ends)
             if done.all():
                 break
+            input_ids = tokens[:, None]
             mask = np.concatenate([mask, np.ones_like(input_ids)], axis=1)
-        return np.concatenate(new, axis=1) if new else input_ids[:, :0]
 
     def _empty_cache(self, batch: int) -> list[OrtValue]:
         empty = []

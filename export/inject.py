@@ -2,314 +2,160 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import onnx
-import torch
-from onnx import TensorProto, helper
 
-from grains_ext.export.functions import DOMAIN, add_functions
-from grains_ext.export.locate import (
-    SKIP_NORMS,
-    GraphError,
-    GraphIndex,
-    Site,
-    blocks_in_config,
-    load_graph,
-    locate,
-)
-from grains_ext.export.norms import SINGLE_NODE_NORMS, NormMatcher, attributes_of
+from grains_ext.export.bank import Bank
+from grains_ext.export.components import edit_components
+from grains_ext.export.errors import GraphError
+from grains_ext.export.index import GraphIndex
+from grains_ext.export.locate import Site, has_cache, locate, site_of
+from grains_ext.export.reading import blocks_in_config, load_graph
 from grains_ext.export.saving import save_graph
+from grains_ext.export.surgery import Injected, Surgery
+from grains_ext.export.undo import is_steered, restore
 
 if TYPE_CHECKING:
     from grains_ext.steering.vectors import SteeringVectors
 
-STRENGTH_NAME = "grains.strength"
-
-_TORCH_DTYPES: dict[int, torch.dtype] = {
-    TensorProto.FLOAT: torch.float32,
-    TensorProto.FLOAT16: torch.float16,
-    TensorProto.BFLOAT16: torch.bfloat16,
-}
-# The fused operators' own bound on |h + a v| / |h|; vectors made with another one stay unfused.
-_FUSED_EPS = 1e-6
-
-
-def direction_name(block: int) -> str:
-    """Name of the initializer, and overridable input, that holds a block's direction."""
-    return f"grains.layers.{block}.direction"
-
-
-@dataclass(frozen=True)
-class Injected:
-    """One steered block: its number, the operator that steers it, the tensor it writes."""
-
-    block: int
-    op_type: str
-    tensor: str
-
 
 def inject(
     model_path: str | Path,
-    vectors: SteeringVectors,
-    output_path: str | Path,
+    vectors: SteeringVectors | Sequence[SteeringVectors],
+    output_path: str | Path | None = None,
     *,
     blocks: Sequence[int] | None = None,
-    strength: float | None = None,
+    tensors: Mapping[int, str] | None = None,
+    strength: float | Sequence[float] | None = None,
     fuse: bool = True,
     baked: bool = False,
+    default_index: int | None = 0,
+    dry_run: bool = False,
 ) -> list[Injected]:
     """Writes a copy of an ONNX decoder whose blocks' outputs are steered.
 
     model_path: a decoder with logits and key/value cache outputs, float32, float16 or bfloat16
-        activations. Weights may be quantised or in external files: those are not rewritten; they
-        are copied where the output lies in another folder. A config.json or genai_config.json
-        beside the graph is checked for the number of blocks.
-    vectors: the directions, each [hidden size].
-    output_path: may be model_path itself. The file appears complete or not at all.
+        activations. Weights may be quantised or in external files: those are not read; they are
+        copied where the output lies in another folder. A config.json or genai_config.json beside
+        the graph is checked for the number of blocks. A graph that is steered already is steered
+        anew: what it was steered with is taken out. Or a folder of graphs, as exports of
+        vision-language models are: every graph in it with a cache is steered, all or none.
+    vectors: the directions, each [hidden size]; or a sequence of N, a bank: then the input
+        `grains.index`, int32 [batch], says which of them steers each row of a batch, -1 for none.
+    output_path: may be model_path itself. The file appears complete or not at all. For a folder of
+        graphs: a new folder, with all its other files, or the same.
     blocks: which of the vectors' blocks to steer; all of them if None.
-    strength: `vectors.strength` if None.
+    tensors: {block: name}: the tensor that is the output of a block, or the node that makes it, in
+        the place of what is found.
+    strength: one number, or one for each of a bank's vectors; the vectors' own if None.
     fuse: replaces residual addition, steering and the norm after it by one operator where the
         graph has exactly that; else the addition is kept and followed by a `grains.Steer`.
     baked: keeps directions and strength as constants. Otherwise they are graph inputs with a
-        default too, `grains.layers.{i}.direction` and `grains.strength`: feed them to override.
+        default too, `grains.layers.{i}.direction` and `grains.strength` (float32 [1], or [N] for a
+        bank): feed them to override.
+    default_index: the `grains.index` of every row where none is fed; None makes it a required
+        input. Only for a bank.
+    dry_run: writes nothing; returns what would be injected.
 
     The operators' bodies travel with the file: it runs on an onnxruntime without the op library.
+    So does what the graph was before, for `remove_steering`.
 
     Returns what was injected, by block. Raises GraphError where the graph is not a decoder that
-    can be steered or is steered already, ValueError where vectors and graph do not fit.
+    can be steered, ValueError where vectors and graph do not fit.
     """
-    model_path, output_path = Path(model_path), Path(output_path)
-    model = load_graph(model_path)
-    if any(node.domain == DOMAIN for node in model.graph.node):
-        raise GraphError(
-            f"'{model_path}' is steered already; inject into the unsteered graph. To change only "
-            f"strength or directions, feed '{STRENGTH_NAME}' and '{direction_name(0)}', ..."
+    model_path = Path(model_path)
+    if output_path is None and not dry_run:
+        raise ValueError("`output_path` is missing; give the file to write, or dry_run=True")
+    bank = Bank(vectors, strength)
+    if not bank.stacked and default_index != 0:
+        raise ValueError("default_index is for a bank: give a list of vectors")
+    if default_index is not None and not -1 <= default_index < len(bank.members):
+        raise ValueError(
+            f"default_index is {default_index}; expected -1 (no vector) to {len(bank.members) - 1}"
         )
-    sites = locate(model, n_blocks=blocks_in_config(model_path.parent))
-    chosen = _chosen_blocks(vectors, blocks, len(sites))
-    surgery = _Surgery(model, vectors, fuse)
-    injected = [surgery.steer(sites[block]) for block in chosen]
-    surgery.apply()
-    strength = vectors.strength if strength is None else strength
-    constants = [*surgery.directions, helper.make_tensor(STRENGTH_NAME, 1, [], [strength])]
-    model.graph.initializer.extend(constants)
-    if not baked:
-        model.graph.input.extend(
-            helper.make_tensor_value_info(c.name, c.data_type, list(c.dims)) for c in constants
-        )
-    add_functions(model)
-    save_graph(model, model_path, output_path)
-    return injected
+    output = None if output_path is None or dry_run else Path(output_path)
+
+    def steer(source: Path, target: Path | None) -> list[Injected]:
+        model = load_graph(source)
+        if is_steered(model):
+            restore(model)
+        sites = _sites(model, _chosen_blocks(bank, blocks), tensors or {}, source.parent)
+        surgery = Surgery(model, bank, fuse)
+        injected = [surgery.steer(site) for site in sites]
+        if target is not None:
+            surgery.apply(baked=baked, default_index=default_index)
+            save_graph(model, source, target)
+        return injected
+
+    if not model_path.is_dir():
+        return steer(model_path, output)
+    if tensors:
+        raise ValueError(f"`tensors` are of one graph, and '{model_path}' is a folder of graphs")
+    found = edit_components(
+        model_path, output, wanted=has_cache, kind="holds decoder blocks with a cache", edit=steer
+    )
+    return [replace(entry, graph=name) for name, entries in found.items() for entry in entries]
 
 
-def _chosen_blocks(
-    vectors: SteeringVectors, blocks: Sequence[int] | None, n_blocks: int
-) -> list[int]:
-    chosen = sorted(vectors.directions) if blocks is None else sorted(set(blocks))
+def remove_steering(model_path: str | Path, output_path: str | Path) -> None:
+    """Writes a steered graph as it was before `inject`.
+
+    Where nothing but the steering was changed since, it is equal to the original in every field.
+    output_path may be model_path itself; both may be folders, as for `inject`.
+
+    Raises GraphError where the graph is not steered, or where a tool that rewrote it dropped the
+    record of what it was.
+    """
+    model_path, output = Path(model_path), Path(output_path)
+
+    def unsteer(source: Path, target: Path | None) -> None:
+        model = load_graph(source)
+        restore(model)
+        if target is not None:
+            save_graph(model, source, target)
+
+    if model_path.is_dir():
+        edit_components(model_path, output, wanted=is_steered, kind="is steered", edit=unsteer)
+    else:
+        unsteer(model_path, output)
+
+
+def _chosen_blocks(bank: Bank, blocks: Sequence[int] | None) -> list[int]:
+    chosen = bank.blocks if blocks is None else sorted(set(blocks))
     if not chosen:
-        raise ValueError("no block to steer: the vectors, or `blocks`, are empty")
-    lacking = [block for block in chosen if block not in vectors.directions]
+        raise ValueError("no block to steer: `blocks` is empty")
+    lacking = [block for block in chosen if block not in bank.blocks]
     if lacking:
         raise ValueError(
             f"`blocks` names {lacking}, for which there is no direction; the vectors hold "
-            f"blocks {sorted(vectors.directions)}"
-        )
-    outside = [block for block in chosen if not 0 <= block < n_blocks]
-    if outside:
-        raise ValueError(
-            f"the vectors steer blocks {outside}, but the graph has blocks 0 to {n_blocks - 1}: "
-            "they belong to another model, or pass `blocks`"
+            f"blocks {bank.blocks}"
         )
     return chosen
 
 
-class _Surgery:
-    """Collects the changes to a graph, then makes them at once: positions stay valid meanwhile."""
-
-    def __init__(self, model: onnx.ModelProto, vectors: SteeringVectors, fuse: bool) -> None:
-        self.model = model
-        self.vectors = vectors
-        self.fuse = fuse and vectors.eps == _FUSED_EPS
-        self.index = GraphIndex(model.graph)
-        self.norms = NormMatcher(self.index)
-        self.types = _ActivationTypes(model, self.index)
-        self.directions: list[TensorProto] = []
-        self.replaced: dict[int, list[onnx.NodeProto]] = {}
-        self.removed: set[int] = set()
-
-    def steer(self, site: Site) -> Injected:
-        elem_type, size = self.types.of(site)
-        direction = self._direction(site.block, elem_type, size)
-        if site.kind == "skip_norm":
-            nodes, tensor = self._at_skip_norm(site, direction)
-        else:
-            nodes, tensor = self._at_add(site, direction, elem_type, size)
-        self.replaced[site.node] = nodes
-        op_type = next(node.op_type for node in nodes if node.domain == DOMAIN)
-        return Injected(site.block, op_type, tensor)
-
-    def apply(self) -> None:
-        nodes: list[onnx.NodeProto] = []
-        for position, node in enumerate(self.index.nodes):
-            if position not in self.removed:
-                nodes.extend(self.replaced.get(position, [node]))
-        del self.model.graph.node[:]
-        self.model.graph.node.extend(nodes)
-
-    def _direction(self, block: int, elem_type: int, size: int) -> str:
-        direction = self.vectors.directions[block]
-        if tuple(direction.shape) != (size,):
+def _sites(
+    model: onnx.ModelProto, blocks: list[int], tensors: Mapping[int, str], folder: Path
+) -> list[Site]:
+    """The places to steer at, in the graph's order. Named tensors are taken at their word."""
+    if unknown := sorted(set(tensors) - set(blocks)):
+        raise ValueError(f"`tensors` names blocks {unknown}, but the blocks to steer are {blocks}")
+    index = GraphIndex(model.graph)
+    sites = {block: site_of(index, block, tensor) for block, tensor in tensors.items()}
+    if set(blocks) - set(tensors):
+        found = locate(model, n_blocks=blocks_in_config(folder))
+        outside = [block for block in blocks if block not in tensors and block >= len(found)]
+        if outside:
             raise ValueError(
-                f"the direction of block {block} has shape {list(direction.shape)}, but the "
-                f"graph's hidden size is {size}: the vectors belong to another model"
+                f"the vectors steer blocks {outside}, but the graph has blocks 0 to "
+                f"{len(found) - 1}: they belong to another model, or pass `blocks`"
             )
-        values = direction.detach().to("cpu", _TORCH_DTYPES[elem_type]).contiguous()
-        raw = values.view(torch.uint8).numpy().tobytes()
-        name = direction_name(block)
-        self.directions.append(helper.make_tensor(name, elem_type, [size], raw, raw=True))
-        return name
-
-    def _at_add(
-        self, site: Site, direction: str, elem_type: int, size: int
-    ) -> tuple[list[onnx.NodeProto], str]:
-        add = self.index.nodes[site.node]
-        norm = self.norms.find(site.tensor, size, elem_type) if self.fuse else None
-        # One model holds one body per operator: LayerNorms with a bias are the ones to fuse.
-        if norm is not None and (norm.kind == "rms" or norm.bias):
-            self.removed |= norm.nodes
-            fused = self._fused(
-                site.block, list(add.input), direction,
-                kind=norm.kind, weight=norm.weight, bias=norm.bias, epsilon=norm.epsilon,
-                outputs=[norm.output, site.tensor],
-            )  # fmt: skip
-            return [fused], site.tensor
-        # The steered tensor takes the old name: readers and graph outputs need no change.
-        unsteered = _name(site.block, "unsteered")
-        plain = onnx.NodeProto()
-        plain.CopyFrom(add)
-        plain.output[0] = unsteered
-        return [plain, self._steer(site.block, unsteered, direction, site.tensor)], site.tensor
-
-    def _at_skip_norm(self, site: Site, direction: str) -> tuple[list[onnx.NodeProto], str]:
-        node = self.index.nodes[site.node]
-        kind = "rms" if node.op_type == "SkipSimplifiedLayerNormalization" else "layer"
-        inputs = [*node.input, "", "", ""]
-        stream, branch, weight = inputs[:3]
-        norm_bias, skip_bias = ("", inputs[3]) if kind == "rms" else (inputs[3], inputs[4])
-        # Its outputs: normed, mean, inverse standard deviation, residual.
-        outputs = [*node.output, "", "", ""][: SKIP_NORMS[node.op_type] + 1]
-        normed = outputs[0] or _name(site.block, "normed")
-        residual = outputs[3] or _name(site.block, "residual")
-        epsilon = attributes_of(node).get("epsilon", 1e-12 if kind == "layer" else 1e-5)
-        nodes = []
-        if skip_bias:
-            biased = _name(site.block, "biased")
-            nodes.append(helper.make_node("Add", [branch, skip_bias], [biased], name=biased))
-            branch = biased
-        if self.fuse and not any(outputs[1:3]) and (kind == "rms" or norm_bias):
-            fused = self._fused(
-                site.block, [stream, branch], direction,
-                kind=kind, weight=weight, bias=norm_bias, epsilon=epsilon,
-                outputs=[normed, residual],
-            )  # fmt: skip
-            return [*nodes, fused], residual
-        unsteered = _name(site.block, "unsteered")
-        op_type = "SimplifiedLayerNormalization" if kind == "rms" else "LayerNormalization"
-        parameters = [weight, norm_bias] if norm_bias else [weight]
-        # Without a mean, the inverse deviation is the second output.
-        statistics = outputs[2:3] if kind == "rms" else outputs[1:3]
-        nodes += [
-            self._node(site.block, "Add", [stream, branch], [unsteered]),
-            self._steer(site.block, unsteered, direction, residual),
-            self._node(
-                site.block, op_type, [residual, *parameters],
-                [normed, *statistics] if any(statistics) else [normed],
-                axis=-1, epsilon=epsilon,
-            ),
-        ]  # fmt: skip
-        return nodes, residual
-
-    def _steer(self, block: int, hidden: str, direction: str, output: str) -> onnx.NodeProto:
-        return self._node(
-            block, "Steer", [hidden, direction, STRENGTH_NAME], [output],
-            domain=DOMAIN, epsilon=self.vectors.eps,
-        )  # fmt: skip
-
-    def _fused(
-        self, block: int, summands: list[str], direction: str,
-        *, kind: str, weight: str, bias: str, epsilon: float, outputs: list[str],
-    ) -> onnx.NodeProto:  # fmt: skip
-        op_type = "SkipSteerRmsNorm" if kind == "rms" else "SkipSteerLayerNorm"
-        inputs = [*summands, direction, STRENGTH_NAME, weight, *([bias] if bias else [])]
-        return self._node(block, op_type, inputs, outputs, domain=DOMAIN, epsilon=epsilon)
-
-    @staticmethod
-    def _node(
-        block: int, op_type: str, inputs: list[str], outputs: list[str],
-        *, domain: str = "", **attributes: Any,
-    ) -> onnx.NodeProto:  # fmt: skip
-        name = _name(block, op_type)
-        return helper.make_node(op_type, inputs, outputs, name=name, domain=domain, **attributes)
-
-
-def _name(block: int, part: str) -> str:
-    return f"grains.layers.{block}.{part}"
-
-
-class _ActivationTypes:
-    """Element type and hidden size of the residual stream at a site."""
-
-    def __init__(self, model: onnx.ModelProto, index: GraphIndex) -> None:
-        self.model = model
-        self.index = index
-        self.declared = _declared(model.graph)
-        self.weights = {tensor.name: tensor for tensor in model.graph.initializer}
-
-    def of(self, site: Site) -> tuple[int, int]:
-        node = self.index.nodes[site.node]
-        names = [name for name in (site.tensor, *node.input[:2]) if name]
-        found = self._of_norm(node) if site.kind == "skip_norm" else None
-        found = found or _first(self.declared, names) or _first(self._inferred, names)
-        if found is None:  # shape inference ends at operators that only onnxruntime knows
-            readers = (self.index.nodes[p] for p in self.index.consumers.get(site.tensor, []))
-            norms = [n for n in readers if n.op_type in SINGLE_NODE_NORMS]
-            found = next(filter(None, map(self._of_norm, norms)), None)
-        if found is None:
-            raise GraphError(
-                f"cannot tell the hidden size of block {site.block}'s output '{site.tensor}': the "
-                "graph carries no shapes. Run onnxruntime's symbolic shape inference on it first"
-            )
-        if found[0] not in _TORCH_DTYPES:
-            raise GraphError(
-                f"block {site.block}'s output is {TensorProto.DataType.Name(found[0])}; only "
-                "float32, float16 and bfloat16 activations can be steered"
-            )
-        return found
-
-    @cached_property
-    def _inferred(self) -> dict[str, tuple[int, int]]:
-        return _declared(onnx.shape_inference.infer_shapes(self.model).graph)
-
-    def _of_norm(self, node: onnx.NodeProto) -> tuple[int, int] | None:
-        """From a norm's weight, which is [hidden size] and of the activations' type."""
-        weight = self.weights.get(node.input[1 if node.op_type in SINGLE_NODE_NORMS else 2])
-        return None if weight is None else (weight.data_type, weight.dims[0])
-
-
-def _first(types: dict[str, tuple[int, int]], names: list[str]) -> tuple[int, int] | None:
-    return next((types[name] for name in names if name in types), None)
-
-
-def _declared(graph: onnx.GraphProto) -> dict[str, tuple[int, int]]:
-    """Element type and last dimension of every tensor whose last dimension is known."""
-    known = {}
-    for value in (*graph.value_info, *graph.output, *graph.input):
-        tensor = value.type.tensor_type
-        if tensor.elem_type and tensor.shape.dim and tensor.shape.dim[-1].dim_value > 0:
-            known[value.name] = (tensor.elem_type, tensor.shape.dim[-1].dim_value)
-    return known
+        sites = {block: found[block] for block in blocks} | sites
+    positions = [site.node for site in sites.values()]
+    if twice := {p for p in positions if positions.count(p) > 1}:
+        same = sorted(block for block, site in sites.items() if site.node in twice)
+        raise GraphError(f"blocks {same} would be steered at one node: name another tensor")
+    return [sites[block] for block in blocks]

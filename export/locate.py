@@ -9,25 +9,21 @@ i + 1's key/value outputs depend on.
 
 from __future__ import annotations
 
-import json
+import difflib
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import onnx
 
-SKIP_NORMS = {"SkipSimplifiedLayerNormalization": 3, "SkipLayerNormalization": 3}
-"""Fused skip + norm operators of onnxruntime -> the position of their residual output."""
+from grains_ext.export.errors import GraphError
+from grains_ext.export.index import SKIP_NORMS, GraphIndex
+from grains_ext.export.names import NamedOtherwise, named_otherwise
 
-_PASS_THROUGH = {"Cast", "Identity", "Reshape"}
 _CONTROL_FLOW = {"If", "Loop", "Scan"}
 _BLOCK_NUMBER = re.compile(r"[._](\d+)[._](?:\w+[._])?(?:key|value)s?$")
 
-
-class GraphError(ValueError):
-    """The graph is not one that can be steered; the message says what was found and what helps."""
+_CACHE = re.compile(r"present|past|cache|key|value", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -37,98 +33,14 @@ class Site:
     block: 0-based number of the decoder block.
     node: position, in `model.graph.node`, of the node that makes the block's output.
     tensor: the block's output [batch, tokens, hidden]; "" where a fused node does not emit it.
-    kind: "add" for a plain Add, "skip_norm" for a fused Skip*LayerNormalization.
+    kind: "add" for a plain Add, "skip_norm" for a fused Skip*LayerNormalization, "tensor" for any
+        other node, which only `site_of` gives.
     """
 
     block: int
     node: int
     tensor: str
-    kind: Literal["add", "skip_norm"]
-
-
-class GraphIndex:
-    """Who makes and who reads each tensor of a graph whose nodes are in topological order."""
-
-    def __init__(self, graph: onnx.GraphProto) -> None:
-        self.graph = graph
-        self.nodes = list(graph.node)
-        self.constants = {tensor.name for tensor in graph.initializer}
-        self.producer: dict[str, int] = {}
-        self.consumers: dict[str, list[int]] = {}
-        for position, node in enumerate(self.nodes):
-            if node.op_type == "Constant":
-                self.constants.update(node.output)
-            for name in node.input:
-                if name:
-                    self.consumers.setdefault(name, []).append(position)
-            for name in node.output:
-                if name:
-                    self.producer[name] = position
-
-    def origin(self, tensor: str) -> str:
-        """`tensor`, seen through the nodes that do not change its values."""
-        while (position := self.producer.get(tensor)) is not None:
-            node = self.nodes[position]
-            if node.op_type not in _PASS_THROUGH:
-                break
-            tensor = node.input[0]
-        return tensor
-
-    def ancestors(self, tensors: list[str], stop: set[int], first: int = 0) -> Iterator[int]:
-        """Positions of the nodes that `tensors` depend on through values, each once.
-
-        Nodes in `stop` are yielded but not looked behind; nodes before `first` are left out. What
-        a Shape node reads is not a dependency: only its size reaches the result.
-        """
-        seen: set[int] = set()
-        open_tensors = list(tensors)
-        while open_tensors:
-            position = self.producer.get(open_tensors.pop())
-            if position is None or position in seen or position < first:
-                continue
-            seen.add(position)
-            yield position
-            if position not in stop and self.nodes[position].op_type != "Shape":
-                open_tensors.extend(name for name in self.nodes[position].input if name)
-
-    def residual_input(self, position: int) -> str | None:
-        """The input of an Add or Skip*LayerNormalization that carries the residual stream on.
-
-        That is the input which the other one is computed from. In blocks with parallel branches,
-        (x + attention(x)) + mlp(x), the partial sum stands in for x. None where neither input is.
-        """
-        node = self.nodes[position]
-        if node.op_type != "Add" and node.op_type not in SKIP_NORMS:
-            return None
-        left, right = node.input[0], node.input[1]
-        if left in self.constants or right in self.constants:
-            return None
-        for stream, branch in ((left, right), (right, left)):
-            if self._feeds(stream, branch):
-                return stream
-        return None
-
-    def _feeds(self, stream: str, branch: str) -> bool:
-        source: str | None = self.origin(stream)
-        while source is not None:
-            position = self.producer.get(source)
-            if position is None:
-                return self._reads_input(source, branch)
-            # A fused node's other outputs are computed from the same sum: match the node.
-            if position in self.ancestors([branch], {position}, position):
-                return True
-            partial = (
-                self.residual_input(position) if self.nodes[position].op_type == "Add" else None
-            )
-            source = self.origin(partial) if partial is not None else None
-        return False
-
-    def _reads_input(self, name: str, branch: str) -> bool:
-        if name not in {value.name for value in self.graph.input}:
-            return False
-        return any(
-            name in self.nodes[position].input for position in self.ancestors([branch], set())
-        )
+    kind: Literal["add", "skip_norm", "tensor"]
 
 
 def locate(model: onnx.ModelProto, *, n_blocks: int | None = None) -> list[Site]:
@@ -138,11 +50,84 @@ def locate(model: onnx.ModelProto, *, n_blocks: int | None = None) -> list[Site]
         or not; weights need not be loaded.
     n_blocks: the number of blocks if known from elsewhere (a config); checked against the graph.
 
-    Returns one Site per block, in order. Raises GraphError where the graph has no such structure
-    or where two ways to count its blocks disagree.
+    Returns one Site per block, in order. Raises GraphError where the graph has no such structure,
+    where two ways to count its blocks disagree, or where the names in the graph do.
     """
-    graph = model.graph
-    index = GraphIndex(graph)
+    index = GraphIndex(model.graph)
+    try:
+        sites = _by_structure(index, n_blocks)
+    except RecursionError:
+        raise GraphError("the graph nests its additions deeper than any decoder does") from None
+    ends = [site.node for site in sites]
+    if disagreements := named_otherwise(index, ends, _start(index, ends[0])):
+        raise GraphError(_explained(index, sites, disagreements))
+    return sites
+
+
+def has_cache(model: onnx.ModelProto) -> bool:
+    """Whether the graph gives keys and values out: it holds decoder blocks, and is no encoder."""
+    return any(_rank(o) in (4, 5) and _CACHE.search(o.name) for o in model.graph.output)
+
+
+def site_of(index: GraphIndex, block: int, name: str) -> Site:
+    """The site that a user names as the output of `block`: a tensor, or the node that makes it.
+
+    A fused node that does not emit its sum can be named only as a node. Raises GraphError where
+    the graph has neither.
+    """
+    position = index.producer.get(name)
+    if position is not None:
+        return _site(index, block, position, name)
+    by_name = [p for p, node in enumerate(index.nodes) if node.name == name]
+    if len(by_name) != 1:
+        close = difflib.get_close_matches(name, index.producer, n=3)
+        raise GraphError(
+            f"no node of the graph makes a tensor '{name}', or is called so (given for block "
+            f"{block})" + (f"; close to it: {close}" if close else "")
+        )
+    node = index.nodes[by_name[0]]
+    outputs = [*node.output, "", "", ""]
+    return _site(index, block, by_name[0], outputs[SKIP_NORMS.get(node.op_type, 0)])
+
+
+def _site(index: GraphIndex, block: int, position: int, tensor: str) -> Site:
+    node = index.nodes[position]
+    if node.op_type == "Add" and index.residual_input(position) is not None:
+        return Site(block, position, tensor, "add")
+    residual = SKIP_NORMS.get(node.op_type)
+    is_sum = residual is not None and [*node.output, "", "", ""][residual] == tensor
+    return Site(block, position, tensor, "skip_norm" if is_sum else "tensor")
+
+
+def _start(index: GraphIndex, position: int | None) -> int | None:
+    """The node that makes what the residual stream begins with, below the addition `position`."""
+    while position is not None and (stream := index.residual_input(position)) is not None:
+        position = index.producer.get(index.origin(stream))
+    return position
+
+
+def _explained(index: GraphIndex, sites: list[Site], disagreements: list[NamedOtherwise]) -> str:
+    def end(block: int) -> str:
+        return sites[block].tensor or index.nodes[sites[block].node].name
+
+    lines = [
+        f"block {d.block} by its place (it ends at '{end(d.block)}'), but "
+        f"{d.votes} of the {d.of} named nodes in it belong to block {d.named} by name, such as "
+        f"'{d.example}'"
+        for d in disagreements[:4]
+    ]
+    more = f"; and {len(disagreements) - 4} more" if len(disagreements) > 4 else ""
+    return (
+        "the graph's structure and the names in it disagree: "
+        + "; ".join(lines)
+        + more
+        + ". Where the graph holds a part of a model's blocks, or its names mislead, say which "
+        "tensor, or node, ends which block: inject(..., tensors={block: name}), or --map BLOCK=NAME"
+    )
+
+
+def _by_structure(index: GraphIndex, n_blocks: int | None) -> list[Site]:
+    graph = index.graph
     logits = _logits_output(graph)
     caches = [o.name for o in graph.output if o.name != logits and _rank(o) in (None, 4, 5)]
     if not caches:
@@ -196,7 +181,7 @@ def _block_starts(index: GraphIndex, chain: list[int], caches: list[str]) -> lis
             if number is not None and int(number[1]) != block:
                 raise GraphError(
                     f"the cache output '{name}' is named for block {number[1]}, but by its place "
-                    f" on the residual stream it belongs to block {block}. Graphs whose "
+                    f"on the residual stream it belongs to block {block}. Graphs whose "
                     "blocks share a cache, or are not a single stack, cannot be steered"
                 )
     return ordered
@@ -222,48 +207,10 @@ def _sites(
     sites = []
     for block, end in enumerate(ends):
         position = chain[end - 1]
-        node = index.nodes[position]
-        if node.op_type == "Add":
-            sites.append(Site(block, position, node.output[0], "add"))
-        else:
-            output = SKIP_NORMS[node.op_type]
-            tensor = node.output[output] if len(node.output) > output else ""
-            sites.append(Site(block, position, tensor, "skip_norm"))
+        outputs = [*index.nodes[position].output, "", "", ""]
+        tensor = outputs[SKIP_NORMS.get(index.nodes[position].op_type, 0)]
+        sites.append(_site(index, block, position, tensor))
     return sites
-
-
-def blocks_in_config(folder: Path) -> int | None:
-    """The number of decoder blocks by genai_config.json or config.json in `folder`, if told."""
-    for name, path in (
-        ("genai_config.json", ("model", "decoder", "num_hidden_layers")),
-        ("config.json", ("num_hidden_layers",)),
-    ):
-        file = folder / name
-        if not file.is_file():
-            continue
-        value = json.loads(file.read_text(encoding="utf-8"))
-        for key in path:
-            value = value.get(key) if isinstance(value, dict) else None
-        if isinstance(value, int):
-            return value
-    return None
-
-
-def load_graph(path: str | Path) -> onnx.ModelProto:
-    """Reads an ONNX file, leaving external weights where they are.
-
-    Raises FileNotFoundError, or GraphError where the file is not an ONNX model.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no ONNX file at '{path}'")
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-    except Exception as error:  # protobuf raises its own DecodeError, or others on garbage
-        raise GraphError(f"'{path}' is not an ONNX file: {error}") from error
-    if not model.graph.node:
-        raise GraphError(f"'{path}' is not an ONNX model: it holds no graph")
-    return model
 
 
 def _logits_output(graph: onnx.GraphProto) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import onnx
 from onnx import numpy_helper
 
-from grains_ext.export.locate import GraphIndex
+from grains_ext.export.index import GraphIndex
 
 SINGLE_NODE_NORMS = {
     "RMSNormalization": "rms",
@@ -101,11 +101,11 @@ class NormMatcher:
         epsilon = self._scalar(self._other_input(add, self._output(mean)))
         if epsilon is None or not self._over_last_dimension(mean):
             return None
-        if (quotient := self._only_reader(root, "Div")) is not None:
-            if self.index.nodes[quotient].input[0] != source:
-                return None
-        else:
+        quotient = self._only_reader(root, "Div")
+        if quotient is None or self.index.nodes[quotient].input[0] != source:
             reciprocal = self._only_reader(root, "Reciprocal")
+            if quotient is not None and self._scalar(self.index.nodes[quotient].input[0]) == 1:
+                reciprocal = quotient
             product = None if reciprocal is None else self._only_reader(reciprocal, "Mul")
             if reciprocal is None or product is None:
                 return None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,12 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from grains_ext.export.bank import STRENGTH_NAME
 from grains_ext.export.functions import DOMAIN
 from grains_ext.export.generate import OnnxDecoder
 from grains_ext.export.runtime import Provider, require_onnxruntime, session
 
 if TYPE_CHECKING:
-    from onnxruntime import InferenceSession, SessionOptions
+    from onnxruntime import SessionOptions
     from transformers import PreTrainedModel
 
     from grains_ext.steering.vectors import SteeringVectors
@@ -43,18 +44,38 @@ class RuntimeParity:
 
 
 @dataclass(frozen=True)
+class QuantizationParity:
+    """What quantisation changes, and what steering changes beside it.
+
+    weights: the unsteered quantised graph against the unsteered torch model: the price of
+        quantising, with or without steering.
+    steered: the steered quantised graph against the hooked torch model.
+    strength_zero: the steered graph at strength 0 against the unsteered quantised one, both in
+        float arithmetic: what the steering's presence changes.
+    runtimes: the steered graph with the op library against without it, in float arithmetic.
+    """
+
+    weights: RuntimeParity
+    steered: RuntimeParity
+    strength_zero: RuntimeParity
+    runtimes: RuntimeParity
+
+
+@dataclass(frozen=True)
 class Parity:
     """Agreement of a steered graph with the hooked torch model.
 
     stock: onnxruntime without the op library. library: with it; None if it was not tried.
     steps: cached decoding steps compared. fused_nodes: `grains` operators by type that remain
-    after onnxruntime's own optimisation, where the library is loaded.
+    after onnxruntime's own optimisation, where the library is loaded. quantization: for an export
+    with quantised weights; `stock` and `library` then tell of the graph before it was quantised.
     """
 
     stock: RuntimeParity
     library: RuntimeParity | None
     steps: int
     fused_nodes: dict[str, int]
+    quantization: QuantizationParity | None = None
 
     @property
     def max_absolute_error(self) -> float:
@@ -90,34 +111,59 @@ def verify(
     """
     onnx_path = Path(onnx_path)
     strength = vectors.strength if strength is None else strength
-    prompts, mask = _prompts(model, seed)
-    tokens, expected = _torch_logits(model, vectors, strength, prompts, mask, steps)
+    reference = _torch_reference(model, vectors, strength, steps, seed)
     runtimes = [
-        _compare(
-            session(
-                onnx_path,
-                library=with_library,
-                session_options=_quiet_options(),
-                providers=providers,
-            ),
-            prompts.numpy(),
-            mask.numpy(),
-            tokens,
-            expected,
-        )
+        reference.compare(_run(onnx_path, reference, library=with_library, providers=providers))
         for with_library in ([False, True] if library else [False])
     ]
-    counts = count_nodes(onnx_path, providers=providers) if library else Counter()
     return Parity(
         stock=runtimes[0],
         library=runtimes[1] if library else None,
         steps=steps,
-        fused_nodes={
-            op.removeprefix(f"{DOMAIN}."): n
-            for op, n in sorted(counts.items())
-            if op.startswith(f"{DOMAIN}.")
-        },
+        fused_nodes=_grains_nodes(onnx_path, providers) if library else {},
     )
+
+
+def verify_quantized(
+    model: PreTrainedModel,
+    vectors: SteeringVectors,
+    parity: Parity,
+    *,
+    steered: Path,
+    unsteered: Path,
+    exact_steered: Path,
+    exact_unsteered: Path,
+    steps: int = 8,
+    seed: int = 0,
+) -> Parity:
+    """`parity`, of the float graph, with what quantising it changed.
+
+    steered, unsteered: the quantised graphs. exact_*: the same in float arithmetic (see
+        quantize.in_float_arithmetic), the steered one injected without `baked`.
+    """
+    plain = _torch_reference(model, vectors, 0.0, steps, seed)
+    hooked = _torch_reference(model, vectors, vectors.strength, steps, seed)
+    stock = hooked.of(_run(exact_steered, hooked, library=False))
+    quantized = plain.of(_run(exact_unsteered, plain, library=False))
+    off = {STRENGTH_NAME: np.zeros(1, np.float32)}
+    return replace(
+        parity,
+        fused_nodes=_grains_nodes(steered),
+        quantization=QuantizationParity(
+            weights=plain.compare(_run(unsteered, plain, library=False)),
+            steered=hooked.compare(_run(steered, hooked, library=True)),
+            strength_zero=quantized.compare(
+                _run(exact_steered, plain, library=True, overrides=off)
+            ),
+            runtimes=stock.compare(_run(exact_steered, hooked, library=True)),
+        ),
+    )
+
+
+def _grains_nodes(onnx_path: Path, providers: Sequence[Provider] | None = None) -> dict[str, int]:
+    counts = sorted(count_nodes(onnx_path, providers=providers).items())
+    prefix = f"{DOMAIN}."
+    return {op.removeprefix(prefix): n for op, n in counts if op.startswith(prefix)}
 
 
 def count_nodes(
@@ -159,20 +205,44 @@ def _prompts(model: PreTrainedModel, seed: int) -> tuple[Tensor, Tensor]:
     return ids * mask, mask
 
 
+@dataclass(frozen=True)
+class _Reference:
+    """Prompts [rows, tokens] with their mask, the tokens that follow them, and logits.
+
+    tokens: of each cached step, [rows, 1]. logits: of the prompts, then of each step.
+    """
+
+    prompts: NDArray[np.int64]
+    mask: NDArray[np.int64]
+    tokens: list[NDArray[np.int64]]
+    logits: list[NDArray[np.float32]]
+
+    def of(self, logits: list[NDArray[np.float32]]) -> _Reference:
+        """The same text with the logits of something else."""
+        return replace(self, logits=logits)
+
+    def compare(self, logits: list[NDArray[np.float32]]) -> RuntimeParity:
+        real = self.mask.astype(bool)
+        prefill = float(np.abs(logits[0][real] - self.logits[0][real]).max())
+        errors = [np.abs(a - b).max() for a, b in zip(logits[1:], self.logits[1:], strict=True)]
+        # np.max, unlike max, lets NaN through.
+        decode = float(np.max(errors, initial=0.0))
+        largest = float(np.max([np.abs(e).max() for e in (self.logits[0][real], *self.logits[1:])]))
+        return RuntimeParity(
+            prefill, decode, float(np.maximum(prefill, decode)) / max(1.0, largest)
+        )
+
+
 @torch.no_grad()
-def _torch_logits(
-    model: PreTrainedModel,
-    vectors: SteeringVectors,
-    strength: float,
-    prompts: Tensor,
-    mask: Tensor,
-    steps: int,
-) -> tuple[list[NDArray[np.int64]], list[NDArray[np.float32]]]:
-    """The greedy tokens of each step, [rows, 1], and the logits of prefill and of each step."""
+def _torch_reference(
+    model: PreTrainedModel, vectors: SteeringVectors, strength: float, steps: int, seed: int
+) -> _Reference:
+    """The greedy tokens and the logits of the hooked model."""
+    prompts, prompt_mask = _prompts(model, seed)
     training = model.training
     model.eval()
     tokens, logits = [], []
-    ids, cache = prompts, None
+    ids, mask, cache = prompts, prompt_mask, None
     try:
         with vectors.applied(model, strength=strength):
             for _ in range(steps + 1):
@@ -191,25 +261,27 @@ def _torch_logits(
                 mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
     finally:
         model.train(training)
-    return tokens[:-1], logits
+    return _Reference(prompts.numpy(), prompt_mask.numpy(), tokens[:-1], logits)
 
 
-def _compare(
-    runtime: InferenceSession,
-    prompts: NDArray[np.int64],
-    mask: NDArray[np.int64],
-    tokens: list[NDArray[np.int64]],
-    expected: list[NDArray[np.float32]],
-) -> RuntimeParity:
-    decoder = OnnxDecoder(runtime)
-    logits, cache = decoder.step(prompts, mask)
-    real = mask.astype(bool)
-    prefill = float(np.abs(logits[real] - expected[0][real]).max())
-    decode = 0.0
-    for ids, reference in zip(tokens, expected[1:], strict=True):
+def _run(
+    onnx_path: Path,
+    text: _Reference,
+    *,
+    library: bool,
+    providers: Sequence[Provider] | None = None,
+    overrides: Mapping[str, NDArray] | None = None,
+) -> list[NDArray[np.float32]]:
+    """The logits of a graph on the reference's text."""
+    runtime = session(
+        onnx_path, library=library, session_options=_quiet_options(), providers=providers
+    )
+    decoder = OnnxDecoder(runtime, overrides=overrides)
+    mask = text.mask
+    logits, cache = decoder.step(text.prompts, mask)
+    all_logits = [logits.astype(np.float32)]
+    for ids in text.tokens:
         mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
         logits, cache = decoder.step(ids, mask, cache)
-        # np.maximum, unlike max, lets NaN through.
-        decode = float(np.maximum(decode, np.abs(logits - reference).max()))
-    largest = max(1.0, *(float(np.abs(e).max()) for e in (expected[0][real], *expected[1:])))
-    return RuntimeParity(prefill, decode, float(np.maximum(prefill, decode)) / largest)
+        all_logits.append(logits.astype(np.float32))
+    return all_logits

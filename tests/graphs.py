@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from grains_ext import export
+
 HIDDEN, VOCAB = 8, 16
 EPSILON = 1e-5
+IDS = np.array([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]])
+"""Two prompts for `run_toy` and `ToyDecoder.run`."""
 
-ADD_FORMS = ("div", "reciprocal", "square", "cast", "rms_op", "simplified", "layer_norm")
+ADD_FORMS = (
+    "div", "one_over", "reciprocal", "square", "cast", "rms_op", "simplified", "layer_norm",
+)  # fmt: skip
 """The ways to write the norm after a plain Add."""
 SKIP_FORMS = ("skip_rms", "skip_rms_bias", "skip_layer", "skip_layer_bias")
 """The fused skip + norm operators, without and with a bias on the sum."""
@@ -28,6 +36,7 @@ class ToyDecoder:
     form: str = "div"
     n_blocks: int = 3
     parallel: bool = False
+    shift: bool = True  # False: LayerNorms without a bias
     dtype: type = np.float32
     weights: dict[str, NDArray] = field(default_factory=dict)
 
@@ -62,7 +71,8 @@ class ToyDecoder:
                 x = x - x.mean(-1, keepdims=True)
             scaled = x / np.sqrt((x**2).mean(-1, keepdims=True) + EPSILON)
             scaled = scaled * weights[f"scale{number}"]
-            return scaled + weights[f"shift{number}"] if self.is_layer_norm else scaled
+            shifted = self.is_layer_norm and self.shift
+            return scaled + weights[f"shift{number}"] if shifted else scaled
 
         def skip_bias(number: int) -> NDArray:
             return weights[f"bias{number}"] if self.form.endswith("_bias") else np.zeros(HIDDEN)
@@ -98,6 +108,26 @@ class ToyDecoder:
         not emitted.
         """
         return _Builder(self).build()
+
+
+def run_toy(
+    path: Path,
+    *,
+    library: bool,
+    feeds: dict[str, NDArray] | None = None,
+    run_options: onnxruntime.RunOptions | None = None,
+) -> NDArray:
+    """A ToyDecoder graph's logits for IDS, or what `feeds` gives, with an empty cache."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    session = export.session(path, library=library, session_options=options)
+    values: dict[str, NDArray] = {"input_ids": IDS, **(feeds or {})}
+    for value in session.get_inputs():
+        if value.name.startswith("past"):
+            dtype = np.float16 if "16" in value.type else np.float32
+            values[value.name] = np.zeros((len(values["input_ids"]), 1, 0, HIDDEN), dtype)
+    return session.run(["logits"], values, run_options)[0]
 
 
 class _Builder:
@@ -161,7 +191,8 @@ class _Builder:
             total = self.op("Add", *inputs, output=f"sum{number}")
             return total, self.norm(total, number)
         rms = form.startswith("skip_rms")
-        inputs = [x, branch, f"scale{number}", *([] if rms else [f"shift{number}"])]
+        shift = f"shift{number}" if self.decoder.shift else ""
+        inputs = [x, branch, f"scale{number}", *([] if rms else [shift])]
         inputs += [f"bias{number}"] if form.endswith("_bias") else []
         outputs = [f"normed{number}", "", "", f"sum{number}"]
         op_type = "SkipSimplifiedLayerNormalization" if rms else "SkipLayerNormalization"
@@ -172,8 +203,8 @@ class _Builder:
     def norm(self, x: str, number: int) -> str:
         form, scale = self.decoder.form, f"scale{number}"
         if self.decoder.is_layer_norm:
-            inputs = (x, scale, f"shift{number}")
-            return self.op("LayerNormalization", *inputs, axis=-1, epsilon=EPSILON)
+            shift = [f"shift{number}"] if self.decoder.shift else []
+            return self.op("LayerNormalization", x, scale, *shift, axis=-1, epsilon=EPSILON)
         if form == "rms_op":
             return self.op("RMSNormalization", x, scale, axis=-1, epsilon=EPSILON)
         if form == "simplified" or form.startswith("skip"):
@@ -188,6 +219,8 @@ class _Builder:
         root = self.op("Sqrt", self.op("Add", mean, self.constant(EPSILON, dtype)))
         if form == "reciprocal":
             quotient = self.op("Mul", wide, self.op("Reciprocal", root))
+        elif form == "one_over":
+            quotient = self.op("Mul", wide, self.op("Div", self.constant(1, dtype), root))
         else:
             quotient = self.op("Div", wide, root)
         if form == "cast":

@@ -1,14 +1,19 @@
 """The ``grains`` command on a small model: each step's output is the next one's input."""
 
 import json
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from grains_ext import PreferencePair, SteeringVectors, cli, save_pairs
+from grains_ext.attribution import AttributionStore, attribute, load_attributions, settings
+from tests.attributions import attribution
 from tests.models import N_BLOCKS, tiny_model, tiny_tokenizer
+from tests.vision_models import tiny_vlm
 
 PAIRS = [
     PreferencePair(prompt=f"what color is the {thing}", chosen="blue", rejected="green")
@@ -38,17 +43,148 @@ def test_info_as_json_names_versions_and_instruction_sets() -> None:
     assert facts["cpu"]["instruction_set"] in facts["cpu"]["supported"]
 
 
-def test_attribute_writes_a_line_for_each_pair(folder: Path) -> None:
-    output = folder / "attributions.jsonl"
-    arguments = ("attribute", folder / "model", folder / "pairs.jsonl", "-o", output)
-    result = grains(*arguments, "--baseline", "mean", "--n-steps", 32)
+def test_attribute_streams_to_a_folder_and_goes_on(folder: Path, tmp_path: Path) -> None:
+    output, page = tmp_path / "results", tmp_path / "page.html"
+    command = ("attribute", folder / "model", folder / "pairs.jsonl", "-o", output, "--json")
+
+    result = grains(*command, "--baseline", "mean", "--limit", 3)
     assert result.exit_code == 0, result.output
-    lines = [json.loads(line) for line in output.read_text().splitlines()]
-    assert len(lines) == len(PAIRS)
-    for line in lines:
-        assert len(line["scores"]) == len(line["tokens"])
-        change = line["f_input"] - line["f_baseline"]
-        assert sum(line["scores"]) == pytest.approx(change + line["residual"], abs=1e-4)
+    assert json.loads(result.stdout)["pairs"] == 3
+
+    result = grains(*command, "--baseline", "mean", "--html", page)
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout)
+    assert summary["output"] == str(output)
+    assert summary["pairs"] == len(PAIRS)
+    assert summary["share_not_converged"] == 0
+    assert page.read_text(encoding="utf-8").count("<figure>") == len(PAIRS)
+
+    for it in load_attributions(output):
+        change = it.f_input - it.f_baseline
+        assert it.scores.sum() == pytest.approx(change + it.residual, abs=1e-4)
+    lines = [
+        json.loads(line)
+        for path in sorted(output.glob("part-*.jsonl"))
+        for line in path.read_text(encoding="utf-8").splitlines()
+    ]
+    assert sorted(line["index"] for line in lines) == list(range(len(PAIRS)))
+    assert all(len(line["scores"]) == len(line["tokens"]) for line in lines)
+
+    result = grains(*command, "--baseline", "bos")
+    assert result.exit_code == 1
+    assert "holds another run" in str(result.exception)
+
+
+class Recorded:
+    """Stands in for `attribute`: notes what it was called with, and stores a result or stops."""
+
+    def __init__(self, *, interrupted: bool = False) -> None:
+        self.interrupted = interrupted
+        self.settings: dict[str, Any] = {}
+
+    def __call__(self, model: Any, processor: Any, pairs: Any, **settings: Any) -> None:
+        self.settings = settings
+        with AttributionStore(settings["output_dir"], {"method": settings["method"]}) as store:
+            store.append([(0, attribution(("a", "b"), [1.0, -1.0], converged=False))])
+        if self.interrupted:
+            raise KeyboardInterrupt
+
+
+def recorded(monkeypatch: pytest.MonkeyPatch, **kwargs: Any) -> Recorded:
+    record = Recorded(**kwargs)
+    monkeypatch.setattr("grains_ext.attribution.attribute", record)
+    return record
+
+
+def test_every_setting_of_attribute_is_handed_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = recorded(monkeypatch)
+    options = (
+        "--method occlusion --baseline pad --objective first --n-steps 7 --tolerance 0.1 --top-k 3 "
+        "--attributed-span -8:-1 --modalities image --image-baseline blur --max-batch-tokens 512 "
+        "--seed 5 --limit 2 --shard 1/3"
+    )
+    command = ("attribute", folder / "model", folder / "pairs.jsonl", "-o", tmp_path / "results")
+    result = grains(*command, *options.split())
+    assert result.exit_code == 0, result.output
+    assert "1 pairs, 1 not converged, 18.0 evaluations each" in " ".join(result.output.split())
+    assert record.settings == {
+        "method": "occlusion",
+        "baseline": "pad",
+        "objective": "first",
+        "n_steps": 7,
+        "tolerance": 0.1,
+        "top_k": 3,
+        "attributed_span": (-8, -1),
+        "modalities": ("image",),
+        "image_baseline": "blur",
+        "max_batch_tokens": 512,
+        "seed": 5,
+        "output_dir": tmp_path / "results",
+        "limit": 2,
+        "shard": (1, 3),
+    }
+
+
+def test_attribute_leaves_the_defaults_to_the_function(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = recorded(monkeypatch)
+    parameters = signature(attribute).parameters
+    assert record.settings == {}
+    grains("attribute", folder / "model", folder / "pairs.jsonl", "-o", tmp_path / "results")
+    for name, value in record.settings.items():
+        assert name == "output_dir" or value == parameters[name].default, name
+
+
+def test_the_choices_of_attribute_are_those_of_the_function() -> None:
+    options = get_type_hints(cli.attribute)
+    for name, choices in {
+        "method": settings.METHODS,
+        "baseline": settings.BASELINES,
+        "objective": settings.OBJECTIVES,
+        "image_baseline": settings.IMAGE_BASELINES,
+    }.items():
+        assert set(get_args(options[name])) == set(choices), name
+
+
+def test_an_interrupted_attribute_says_how_to_go_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded(monkeypatch, interrupted=True)
+    output = tmp_path / "results"
+    result = grains("attribute", folder / "model", folder / "pairs.jsonl", "-o", output)
+    assert result.exit_code == 130
+    message = " ".join(result.output.split())
+    assert "run the same command again to go on" in message
+    assert len(load_attributions(output)) == 1
+
+
+def test_attribute_reads_pairs_with_images(tmp_path: Path) -> None:
+    model, processor = tiny_vlm("llava")
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
+    pairs = [
+        PreferencePair(f"{processor.image_token} what color", "red", "blue", images=("red.png",)),
+        PreferencePair("what color is the sky", "blue", "green"),
+    ]
+    # As written by hand: a path beside the file.
+    rows = [{**vars(pair), "images": list(pair.images or ())} for pair in pairs]
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    result = grains(
+        *("attribute", tmp_path / "model", tmp_path / "pairs.json", "-o", tmp_path / "results"),
+        *("--html", tmp_path / "page.html"),
+    )
+    assert result.exit_code == 0, result.output
+    with_image, without = load_attributions(tmp_path / "results")
+    [grid] = with_image.images
+    assert {with_image.modality[place] for place in grid.token_positions} == {"image"}
+    assert without.images == ()
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 1
+    assert page.count('class="patch ') == len(grid.token_positions)
 
 
 def test_fit_tune_and_evaluate_hand_their_results_on(folder: Path) -> None:
@@ -74,6 +210,20 @@ def test_wrong_use_exits_with_2(folder: Path) -> None:
     assert grains("fit", model).exit_code == 2
     assert grains("fit", model, pairs, "-o", folder / "x", "--k", 0).exit_code == 2
     assert grains("evaluate", model, pairs, "--strength", 2).exit_code == 2
+    for wrong in (
+        ("--n-steps", "many"),
+        ("--n-steps", 0),
+        ("--max-batch-tokens", "-1"),
+        ("--attributed-span", "3"),
+        ("--shard", "3/2"),
+        ("--shard", "0/2"),
+        ("--modalities", "text,sound"),
+        ("--method", "integrated"),
+        ("--top-k", 0),
+    ):
+        command = ("attribute", model, pairs, "-o", folder / "x", *wrong)
+        assert grains(*command).exit_code == 2, wrong
+    assert not (folder / "x").exists()
 
 
 def test_a_failure_is_one_message_and_exit_1(

@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
 from grains_ext import export
-from grains_ext.export.inject import Injected, direction_name, inject
-from grains_ext.export.locate import GraphError
+from grains_ext.export.bank import direction_name
+from grains_ext.export.errors import GraphError
+from grains_ext.export.inject import inject
+from grains_ext.export.surgery import Injected
 from grains_ext.steering.vectors import SteeringVectors
-from tests.graphs import ADD_FORMS, HIDDEN, SKIP_FORMS, ToyDecoder
+from tests.graphs import ADD_FORMS, HIDDEN, IDS, SKIP_FORMS, ToyDecoder, run_toy
 
-IDS = np.array([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]])
 LAYER_NORM_FORMS = {"layer_norm", "skip_layer", "skip_layer_bias"}
 
 
@@ -29,18 +30,6 @@ def vectors() -> SteeringVectors:
 
 def as_numpy(vectors: SteeringVectors) -> dict[int, NDArray]:
     return {block: v.numpy().astype(np.float64) for block, v in vectors.directions.items()}
-
-
-def run(path: Path, *, library: bool, feeds: dict[str, NDArray] | None = None) -> NDArray:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = export.session(path, library=library, session_options=options)
-    values: dict[str, NDArray] = {"input_ids": IDS, **(feeds or {})}
-    for value in session.get_inputs():
-        if value.name.startswith("past"):
-            dtype = np.float16 if "16" in value.type else np.float32
-            values[value.name] = np.zeros((len(IDS), 1, 0, HIDDEN), dtype)
-    return session.run(["logits"], values)[0]
 
 
 def save(decoder: ToyDecoder, folder: Path) -> Path:
@@ -67,7 +56,7 @@ def test_every_form_is_steered(
     expected = decoder.run(IDS, as_numpy(vectors), vectors.strength)
     tolerance = 5e-6 if dtype is np.float32 else 2e-2
     for library in (False, True):
-        logits = run(tmp_path / "steered.onnx", library=library)
+        logits = run_toy(tmp_path / "steered.onnx", library=library)
         np.testing.assert_allclose(logits, expected, atol=tolerance)
     assert np.abs(expected - decoder.run(IDS)).max() > 0.1
 
@@ -82,8 +71,24 @@ def test_parallel_blocks_are_steered(
     expected = decoder.run(IDS, as_numpy(vectors), vectors.strength)
     for library in (False, True):
         np.testing.assert_allclose(
-            run(tmp_path / "steered.onnx", library=library), expected, atol=5e-6
+            run_toy(tmp_path / "steered.onnx", library=library), expected, atol=5e-6
         )
+
+
+@pytest.mark.parametrize("bank", [True, False])
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("form", ["layer_norm", "skip_layer", "skip_layer_bias"])
+def test_layer_norms_without_a_bias_are_fused_too(
+    form: str, fuse: bool, bank: bool, vectors: SteeringVectors, tmp_path: Path
+) -> None:
+    decoder = ToyDecoder(form, shift=False)
+    given = [vectors, vectors] if bank else vectors
+    injected = inject(save(decoder, tmp_path), given, tmp_path / "steered.onnx", fuse=fuse)
+    assert {entry.op_type for entry in injected} == {"SkipSteerLayerNorm" if fuse else "Steer"}
+    expected = decoder.run(IDS, as_numpy(vectors), vectors.strength)
+    for library in (False, True):
+        logits = run_toy(tmp_path / "steered.onnx", library=library)
+        np.testing.assert_allclose(logits, expected, atol=5e-6)
 
 
 def test_the_library_keeps_the_injected_nodes(vectors: SteeringVectors, tmp_path: Path) -> None:
@@ -107,13 +112,13 @@ def test_defaults_can_be_overridden(vectors: SteeringVectors, tmp_path: Path) ->
     names = [i.name for i in session.get_overridable_initializers()]
     assert sorted(names) == [direction_name(0), direction_name(2), "grains.strength"]
 
-    off = {"grains.strength": np.array(0, np.float32)}
+    off = {"grains.strength": np.zeros(1, np.float32)}
     other = np.linspace(-1, 1, HIDDEN, dtype=np.float32)
     directions = as_numpy(vectors) | {2: other.astype(np.float64)}
     for library in (False, True):
-        unsteered = run(steered, library=library, feeds=off)
+        unsteered = run_toy(steered, library=library, feeds=off)
         np.testing.assert_allclose(unsteered, decoder.run(IDS), atol=5e-6)
-        swapped = run(steered, library=library, feeds={direction_name(2): other})
+        swapped = run_toy(steered, library=library, feeds={direction_name(2): other})
         np.testing.assert_allclose(swapped, decoder.run(IDS, directions, 1.5), atol=5e-6)
 
 
@@ -124,14 +129,14 @@ def test_baked_steering_is_constant(vectors: SteeringVectors, tmp_path: Path) ->
     graph = onnx.load(str(steered)).graph
     assert not [i.name for i in graph.input if i.name.startswith("grains")]
     expected = decoder.run(IDS, {2: as_numpy(vectors)[2]}, 0.5)
-    np.testing.assert_allclose(run(steered, library=True), expected, atol=5e-6)
+    np.testing.assert_allclose(run_toy(steered, library=True), expected, atol=5e-6)
 
 
 def test_another_eps_is_kept_by_not_fusing(vectors: SteeringVectors, tmp_path: Path) -> None:
     path = save(ToyDecoder("div"), tmp_path)
     other = SteeringVectors(vectors.directions, strength=1.0, eps=1e-3)
     injected = inject(path, other, tmp_path / "steered.onnx")
-    assert injected[0] == Injected(0, "Steer", injected[0].tensor)
+    assert injected[0] == Injected(0, "Steer", "sum2", "add")
     graph = onnx.load(str(tmp_path / "steered.onnx")).graph
     steer = next(node for node in graph.node if node.op_type == "Steer")
     assert onnx.helper.get_node_attr_value(steer, "epsilon") == pytest.approx(1e-3)
@@ -204,7 +209,7 @@ def test_external_weights_go_with_the_graph(vectors: SteeringVectors, tmp_path: 
     inject(path, vectors, tmp_path / "b" / "steered.onnx")  # once more: the weights are there
     expected = decoder.run(IDS, as_numpy(vectors), vectors.strength)
     for folder in "ab":
-        logits = run(tmp_path / folder / "steered.onnx", library=True)
+        logits = run_toy(tmp_path / folder / "steered.onnx", library=True)
         np.testing.assert_allclose(logits, expected, atol=5e-6)
 
     # The hub's cache is made of links; the output must not be: onnx refuses linked weights.
@@ -245,16 +250,12 @@ def test_weights_outside_the_folder_are_refused(vectors: SteeringVectors, tmp_pa
         inject(path, vectors, tmp_path / "out" / "steered.onnx")
 
 
-def test_a_file_can_be_steered_in_place_but_only_once(
-    vectors: SteeringVectors, tmp_path: Path
-) -> None:
+def test_a_file_can_be_steered_in_place(vectors: SteeringVectors, tmp_path: Path) -> None:
     decoder = ToyDecoder("div")
     path = save(decoder, tmp_path)
     inject(path, vectors, path)
     expected = decoder.run(IDS, as_numpy(vectors), vectors.strength)
-    np.testing.assert_allclose(run(path, library=False), expected, atol=5e-6)
-    with pytest.raises(GraphError, match=r"steered already.*grains\.strength"):
-        inject(path, vectors, path)
+    np.testing.assert_allclose(run_toy(path, library=False), expected, atol=5e-6)
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 

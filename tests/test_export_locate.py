@@ -13,7 +13,9 @@ from onnx import TensorProto, helper
 
 from grains_ext import export
 from grains_ext.decoder import DecoderView
-from grains_ext.export.locate import GraphError, blocks_in_config, load_graph, locate
+from grains_ext.export.errors import GraphError
+from grains_ext.export.locate import locate
+from grains_ext.export.reading import blocks_in_config, load_graph
 from tests.exports import exported_llama
 from tests.graphs import ADD_FORMS, SKIP_FORMS, ToyDecoder
 

@@ -1,7 +1,10 @@
 """Torch models exported with their steering, against the hooked torch model."""
 
 import json
+import re
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +14,15 @@ import onnxruntime
 import pytest
 import torch
 from transformers import AutoConfig, AutoTokenizer, MambaConfig, MambaForCausalLM
+from typer.testing import CliRunner
 
-from grains_ext import export
+from grains_ext import cli, export
+from grains_ext.export.folder import replacing_folder
 from grains_ext.export.generate import OnnxDecoder
 from grains_ext.steering.vectors import SteeringVectors
 from tests.exports import exported_llama, random_vectors
 from tests.models import tiny_model, tiny_tokenizer
+from tests.vision_models import tiny_vlm
 
 
 def quiet() -> onnxruntime.SessionOptions:
@@ -63,7 +69,12 @@ def test_the_folder_is_complete() -> None:
     vectors = SteeringVectors.from_pretrained(folder)
     assert vectors.strength == exported.vectors.strength
     assert torch.equal(vectors.directions[3], exported.vectors.directions[3])
+    assert (folder / "libgrains_ort.so").read_bytes() == Path(
+        export.ort_library_path()
+    ).read_bytes()
+    assert (folder / "genai_config.json").is_file()
     record = json.loads((folder / "grains_export.json").read_text())
+    assert (record["dtype"], record["quantize"]) == ("float32", None)
     assert record["model_type"] == "llama"
     assert record["versions"].keys() == {
         "grains_ext", "torch", "transformers", "onnx", "onnxscript",
@@ -72,7 +83,27 @@ def test_the_folder_is_complete() -> None:
     assert record["parity"]["library"]["decode"] < 1e-4
     # Nothing is left of the work, and the folder is not private to its maker.
     assert [path.name for path in folder.parent.iterdir()] == ["steered"]
-    assert folder.stat().st_mode & stat.S_IRGRP
+    assert all(path.stat().st_mode & stat.S_IRGRP for path in (folder, *folder.iterdir()))
+
+
+def test_the_readmes_lines_run() -> None:
+    exported = exported_llama()
+    text = (exported.folder / "README.md").read_text()
+    assert "blocks\n0, 1, 2, 3, strength 1.5" in text
+    [ort, genai] = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    # In a process of its own: a library that is loaded already would be found under any path.
+    result = subprocess.run(
+        [sys.executable, "-c", ort], cwd=exported.folder, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    tokens = [int(line) for line in result.stdout.split()]
+    with exported.vectors.applied(exported.model):
+        expected = exported.model.generate(
+            input_ids=torch.tensor([[1, 2, 3]]), max_new_tokens=20, eos_token_id=None
+        )
+    assert tokens == expected[0, 3:].tolist()
+    compile(genai, "README.md", "exec")
+    assert "tokens = [1, *tokens]" in genai
 
 
 def test_the_graph_names_its_inputs_as_other_runtimes_expect() -> None:
@@ -120,7 +151,7 @@ def test_overrides_switch_the_steering_off() -> None:
     session = export.session(exported.folder / "model.onnx", session_options=quiet())
     ids = np.array([[1, 20, 40, 60]])
     steered = OnnxDecoder(session)
-    unsteered = OnnxDecoder(session, overrides={"grains.strength": np.array(0, np.float32)})
+    unsteered = OnnxDecoder(session, overrides={"grains.strength": np.zeros(1, np.float32)})
     with torch.no_grad():
         expected = exported.model(torch.from_numpy(ids)).logits.numpy()
     mask = np.ones_like(ids)
@@ -160,6 +191,25 @@ def test_models_without_a_plain_cache_are_refused_by_family(tmp_path: Path) -> N
         export.export_graph(MambaForCausalLM(config), tmp_path / "model.onnx")
 
 
+def test_models_that_read_images_are_refused(tmp_path: Path) -> None:
+    model, _ = tiny_vlm("llava")
+    with pytest.raises(export.ExportError, match=r"type 'llava' read images.*inject\(\)"):
+        export.export_graph(model, tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_genai_must_be_there_to_export_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("grains_ext.export.genai.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"grains_ext\[genai\]"):
+        export.export_model(
+            tiny_model("llama"), None, random_vectors(), tmp_path / "out",
+            runtime="genai", verify=False,
+        )  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_wrong_arguments_are_refused_before_the_export(tmp_path: Path) -> None:
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     vectors = random_vectors()
@@ -171,6 +221,12 @@ def test_wrong_arguments_are_refused_before_the_export(tmp_path: Path) -> None:
         export.export_model(model, tokenizer, vectors, tmp_path / "out", opset=12)
     with pytest.raises(ValueError, match=r"dtype is torch\.float64"):
         export.export_model(model, tokenizer, vectors, tmp_path / "out", dtype=torch.float64)
+    with pytest.raises(ValueError, match="dtype is int8; expected one of float32"):
+        export.export_model(model, tokenizer, vectors, tmp_path / "out", dtype="int8")
+    with pytest.raises(ValueError, match="quantize is 'int3'"):
+        export.export_model(model, tokenizer, vectors, tmp_path / "out", quantize="int3")
+    with pytest.raises(ValueError, match="runtime is 'tensorrt'"):
+        export.export_model(model, tokenizer, vectors, tmp_path / "out", runtime="tensorrt")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="overwrite=True"):
@@ -179,15 +235,59 @@ def test_wrong_arguments_are_refused_before_the_export(tmp_path: Path) -> None:
         export.export_model(model, tokenizer, vectors, tmp_path / "notes.txt")
 
 
+def test_a_folder_is_replaced_at_once_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(FileNotFoundError), replacing_folder(folder) as work:
+        Path(work, "missing", "model.onnx").write_text("half")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (folder / "notes.txt").read_text() == "mine"
+    with replacing_folder(folder) as work:
+        (work / "model.onnx").write_text("whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in folder.iterdir()] == ["model.onnx"]
+
+
+@pytest.mark.slow
+def test_the_command_exports(tmp_path: Path) -> None:
+    model, tokenizer, vectors = tiny_model("llama"), tiny_tokenizer(), random_vectors()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    vectors.save_pretrained(tmp_path / "vectors")
+    arguments = ["export", tmp_path / "model", tmp_path / "vectors", "-o", tmp_path / "out"]
+    arguments += [
+        "--strength",
+        0.6,
+        "--quantize",
+        "int4",
+        "--triton",
+        tmp_path / "models",
+        "--json",
+    ]
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert facts["parity"]["library"]["relative"] < 1e-4
+    assert facts["parity"]["quantization"]["strength_zero"]["relative"] < 1e-5
+    assert Path(facts["triton"], "config.pbtxt").is_file()
+    record = json.loads((tmp_path / "out" / "grains_export.json").read_text())
+    assert (record["quantize"], record["strength"]) == ("int4", 0.6)
+
+
 # Families that differ in structure, each with one of the ways to export: exports are slow.
 FAMILY_EXPORTS: dict[str, dict[str, Any]] = {
     "qwen2": {"dtype": torch.float16},
+    "qwen3": {},
     "mistral": {"fuse": False},
     "gemma2": {},
+    "gemma3": {},
     "phi": {"opset": 18},
+    "phi3": {"opset": 23},
     "gpt2": {"baked": True},
     "gpt_neox": {},
     "opt": {},
+    "olmo": {},
     "olmo2": {"opset": 23},
 }
 

@@ -47,3 +47,8 @@ def test_ops_and_functions_on_the_oldest_onnxruntime(environment: dict[str, str]
     )
     assert " passed" in output
     assert "skipped" not in output, output
+    output = _python(
+        environment,
+        *("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_export_bank.py"),
+    )
+    assert " passed" in output

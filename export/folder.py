@@ -1,0 +1,67 @@
+"""What lies in an exported folder, and how it comes to lie there: complete or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+GRAPH_NAME = "model.onnx"
+UNSTEERED_NAME = "model_unsteered.onnx"
+LIBRARY_NAME = "libgrains_ort.so"
+RECORD_NAME = "grains_export.json"
+GENAI_CONFIG_NAME = "genai_config.json"
+README_NAME = "README.md"
+
+
+def require_free(folder: Path, *, overwrite: bool) -> None:
+    """Raises where nothing may be written to `folder`: NotADirectoryError or FileExistsError."""
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"'{folder}' is a file; give a folder to export to")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise FileExistsError(
+            f"'{folder}' is not empty; pass overwrite=True (--overwrite) to replace it with all "
+            "that it holds"
+        )
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder` to write to; it takes its place when the block ends well."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Not tempfile's: that would make a private folder.
+    work = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    work.mkdir()
+    try:
+        yield work
+        _make_readable(work)
+        _move_into_place(work, folder)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def _make_readable(work: Path) -> None:
+    """Some writers (safetensors, onnx's external data) make files that their owner alone may read;
+    who serves a folder is often another user. The folder's own mode has the umask in it."""
+    shared = work.stat().st_mode & 0o666
+    for path in work.rglob("*"):
+        if path.is_file():
+            path.chmod(path.stat().st_mode | shared)
+
+
+def _move_into_place(work: Path, folder: Path) -> None:
+    if not folder.exists():
+        os.replace(work, folder)
+        return
+    # A folder cannot replace one that holds files: the old one steps aside first.
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    os.replace(folder, old)
+    try:
+        os.replace(work, folder)
+    except BaseException:
+        os.replace(old, folder)
+        raise
+    shutil.rmtree(old)

@@ -1,0 +1,204 @@
+"""A transformers decoder as an unsteered ONNX graph: prefill and cached decoding in one."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DEFAULT_OPSET = 20
+"""The newest that onnxruntime 1.20, the oldest that the op library serves, runs in full."""
+
+_INPUTS = ("input_ids", "attention_mask", "position_ids", "past_key_values")
+
+
+class ExportError(RuntimeError):
+    """The model does not export, or the exported graph does not compute what the model does."""
+
+
+def export_graph(
+    model: PreTrainedModel,
+    path: str | Path,
+    *,
+    opset: int = DEFAULT_OPSET,
+    external_data: bool = False,
+) -> None:
+    """Exports an unsteered decoder to ONNX: the graph that `export_model` steers.
+
+    Raises ExportError, naming the model's family, where it has no plain key/value cache or
+    torch.onnx.export refuses it.
+    """
+    family = model.config.model_type
+    if opset < 18:
+        raise ValueError(f"opset is {opset}; steered graphs need 18 or more")
+    unknown = [n for n in _INPUTS if n not in inspect.signature(model.forward).parameters]
+    if unknown:
+        raise ExportError(
+            f"models of type '{family}' cannot be exported: their forward takes no "
+            f"{', '.join(unknown)}. Export with another tool and steer the file with inject()"
+        )
+    if getattr(model.config, "vision_config", None) is not None:
+        raise ExportError(
+            f"models of type '{family}' read images, which this graph of text alone would not. "
+            "Export its parts with transformers.exporters.OnnxExporter().export_for_generation and "
+            "steer them with inject()"
+        )
+    training = model.training
+    model.eval()
+    try:
+        arguments = _example(model)
+        with quiet():
+            program = torch.onnx.export(
+                _CachedDecoder(model),
+                (),
+                kwargs=arguments,
+                dynamic_shapes=_dynamic_shapes(len(arguments["past"])),
+                input_names=[*_INPUTS[:3], *_cache_names("past_key_values", arguments)],
+                output_names=["logits", *_cache_names("present", arguments)],
+                opset_version=opset,
+                dynamo=True,
+                verbose=False,
+            )
+    except ExportError:
+        raise
+    except Exception as error:
+        raise ExportError(
+            f"torch.onnx.export does not carry this model of type '{family}': {error}. Export "
+            "it with another tool and steer the file with inject()"
+        ) from error
+    finally:
+        model.train(training)
+    assert program is not None
+    _divide_by_roots(program.model.graph)
+    program.save(str(path), external_data=external_data)
+
+
+def _divide_by_roots(graph: Any) -> None:
+    """Writes x * (1 / sqrt(y)), the exporter's form of x * rsqrt(y), as x / sqrt(y).
+
+    onnxruntime knows a norm by the quotient; in the exporter's form it runs the parts one by one.
+    """
+    for node in list(graph):
+        if node.op_type != "Reciprocal" or node.inputs[0].producer().op_type != "Sqrt":
+            continue
+        readers = [use.node for use in node.outputs[0].uses()]
+        if len(readers) != 1 or readers[0].op_type != "Mul":
+            continue
+        product = readers[0]
+        dividend = next(value for value in product.inputs if value is not node.outputs[0])
+        product.op_type = "Div"
+        product.replace_input_with(0, dividend)
+        product.replace_input_with(1, node.inputs[0])
+        graph.remove(node, safe=True)
+
+
+class _PastLayer(DynamicLayer):
+    """One layer's cache made from given keys and values, whose length stays symbolic."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.dtype, self.device = keys.dtype, keys.device
+        self.keys, self.values = keys, values
+        self.is_initialized = True
+
+    def get_seq_length(self) -> int:
+        # The base class first asks whether the cache is empty: a branch on a traced length.
+        return self.keys.shape[-2]
+
+
+class _CachedDecoder(nn.Module):
+    """The model with a flat cache: tensors in, tensors out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.decoder = model
+        self.training = False
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        past: list[tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, ...]:
+        cache = Cache(layers=[_PastLayer(keys, values) for keys, values in past])
+        output = self.decoder(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        present = (tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
+        return (output.logits, *present)
+
+
+def _example(model: PreTrainedModel) -> dict[str, Any]:
+    """Traced arguments. No size is 0 or 1: the tracer would take those for constants."""
+    batch, tokens, past_tokens = 2, 3, 5
+    device = model.device
+    ids = torch.arange(batch * past_tokens, device=device).reshape(batch, past_tokens)
+    ids = ids % model.config.get_text_config(decoder=True).vocab_size
+    with torch.no_grad():
+        # A cache of our own: the model's would drop what lies outside a sliding window.
+        output = model(input_ids=ids, past_key_values=DynamicCache(), use_cache=True)
+    cache = output.past_key_values
+    layers = getattr(cache, "layers", [])
+    past = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
+    if not past or not all(
+        isinstance(t, Tensor) and t.ndim == 4 and t.shape[2] == past_tokens
+        for kv in past
+        for t in kv
+    ):
+        raise ExportError(
+            f"models of type '{model.config.model_type}' cannot be exported: their cache is not "
+            "one key and one value tensor [batch, heads, tokens, size] per decoder block"
+        )
+    positions = torch.arange(past_tokens, past_tokens + tokens, device=device)
+    return {
+        "input_ids": ids[:, :tokens].contiguous(),
+        "attention_mask": torch.ones(batch, past_tokens + tokens, dtype=torch.long, device=device),
+        "position_ids": positions.repeat(batch, 1),
+        "past": past,
+    }
+
+
+def _dynamic_shapes(n_blocks: int) -> dict[str, Any]:
+    past = {0: "batch_size", 2: "past_sequence_length"}
+    return {
+        "input_ids": {0: "batch_size", 1: "sequence_length"},
+        "attention_mask": {0: "batch_size", 1: "total_sequence_length"},
+        "position_ids": {0: "batch_size", 1: "sequence_length"},
+        "past": [(past, past)] * n_blocks,
+    }
+
+
+def _cache_names(prefix: str, arguments: dict[str, Any]) -> list[str]:
+    return [
+        f"{prefix}.{i}.{kind}" for i in range(len(arguments["past"])) for kind in ("key", "value")
+    ]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hides torch.onnx's notes on axis names, signatures and absent torchvision operators."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,124 @@
+"""The model that is written for Triton, read with the part of Triton's own schema that it uses."""
+
+from __future__ import annotations
+
+import filecmp
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
+
+from grains_ext import export
+from tests.exports import exported_llama
+
+Field = descriptor_pb2.FieldDescriptorProto
+
+
+def _config_class() -> Any:
+    """model_config.proto of triton-inference-server/common, as far as it is used."""
+    file = descriptor_pb2.FileDescriptorProto(name="model_config.proto", package="inference")
+    types = file.enum_type.add(name="DataType")
+    for number, name in enumerate(("TYPE_INVALID", "TYPE_INT64", "TYPE_FP16", "TYPE_FP32")):
+        types.value.add(name=name, number=number)
+    tensor = file.message_type.add(name="Tensor")
+    tensor.field.add(name="name", number=1, type=Field.TYPE_STRING, label=Field.LABEL_OPTIONAL)
+    tensor.field.add(
+        name="data_type", number=2, type=Field.TYPE_ENUM, label=Field.LABEL_OPTIONAL,
+        type_name=".inference.DataType",
+    )  # fmt: skip
+    tensor.field.add(name="dims", number=4, type=Field.TYPE_INT64, label=Field.LABEL_REPEATED)
+    operations = file.message_type.add(name="ModelOperations")
+    operations.field.add(
+        name="op_library_filename", number=1, type=Field.TYPE_STRING, label=Field.LABEL_REPEATED
+    )
+    config = file.message_type.add(name="ModelConfig")
+    for number, name, kind in ((1, "name", "STRING"), (17, "backend", "STRING"),
+                               (4, "max_batch_size", "INT32")):  # fmt: skip
+        config.field.add(
+            name=name, number=number, type=getattr(Field, f"TYPE_{kind}"),
+            label=Field.LABEL_OPTIONAL,
+        )  # fmt: skip
+    for number, name, kind in ((5, "input", "Tensor"), (6, "output", "Tensor"),
+                               (18, "model_operations", "ModelOperations")):  # fmt: skip
+        label = Field.LABEL_OPTIONAL if kind == "ModelOperations" else Field.LABEL_REPEATED
+        config.field.add(
+            name=name, number=number, type=Field.TYPE_MESSAGE, label=label,
+            type_name=f".inference.{kind}",
+        )  # fmt: skip
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("inference.ModelConfig"))
+
+
+def read_config(folder: Path) -> Any:
+    return text_format.Parse((folder / "config.pbtxt").read_text(), _config_class()())
+
+
+def test_the_configuration_names_library_and_tensors(tmp_path: Path) -> None:
+    exported = exported_llama()
+    folder = export.write_triton(exported.folder, tmp_path / "models", name="truthful-1.0")
+    assert folder == tmp_path / "models" / "truthful-1.0"
+    config = read_config(folder)
+    assert (config.name, config.backend, config.max_batch_size) == (
+        "truthful-1.0",
+        "onnxruntime",
+        0,
+    )
+    [library] = config.model_operations.op_library_filename
+    assert library == str(folder / "1" / "libgrains_ort.so")
+
+    # What Triton's backend does with it: the session, and its inputs by name, type and rank.
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.register_custom_ops_library(library)
+    session = onnxruntime.InferenceSession(str(folder / "1" / "model.onnx"), options)
+    types = {"tensor(int64)": 1, "tensor(float16)": 2, "tensor(float)": 3}
+    for given, found in (
+        (config.input, session.get_inputs()),
+        (config.output, session.get_outputs()),
+    ):
+        assert [(t.name, t.data_type, list(t.dims)) for t in given] == [
+            (v.name, types[v.type], [d if isinstance(d, int) else -1 for d in v.shape])
+            for v in found
+        ]
+
+
+def test_external_weights_come_along(tmp_path: Path) -> None:
+    exported = exported_llama()
+    folder = export.write_triton(exported.folder, tmp_path, library="/models/x/1/ops.so")
+    assert folder.name == exported.folder.name
+    assert filecmp.cmp(folder / "1" / "model.onnx.data", exported.folder / "model.onnx.data")
+    assert list(read_config(folder).model_operations.op_library_filename) == ["/models/x/1/ops.so"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [folder.name]
+
+
+def test_a_masked_position_is_as_good_as_an_empty_cache() -> None:
+    """For clients that cannot send an empty tensor."""
+    session = export.session(exported_llama().folder / "model.onnx")
+    decoder = export.OnnxDecoder(session)
+    ids = np.array([[1, 20, 40, 60]])
+    expected, _ = decoder.step(ids, np.ones_like(ids))
+    zeros = [
+        onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((1, 2, 1, 8), np.float32))
+        for value in session.get_inputs()
+        if value.name.startswith("past_key_values.")
+    ]
+    logits, _ = decoder.step(ids, np.array([[0, 1, 1, 1, 1]]), zeros)
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+def test_wrong_names_and_folders_are_refused(tmp_path: Path) -> None:
+    folder = exported_llama().folder
+    for name in ("..", "a/b", 'a"b', ""):
+        with pytest.raises(ValueError, match="expected letters"):
+            export.write_triton(folder, tmp_path, name=name)
+    with pytest.raises(FileNotFoundError, match=r"model\.onnx"):
+        export.write_triton(tmp_path, tmp_path / "models")
+    export.write_triton(folder, tmp_path, name="m")
+    with pytest.raises(FileExistsError, match="not empty"):
+        export.write_triton(folder, tmp_path, name="m")
+    export.write_triton(folder, tmp_path, name="m", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
