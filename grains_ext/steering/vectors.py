@@ -243,6 +243,11 @@ class SteeringVectors:
             create_pr=create_pr,
         )
 
+    def _repr_html_(self) -> str:
+        from grains_ext.report.vectors import vectors_fragment
+
+        return vectors_fragment(self)
+
 
 def check_block_number(block: Any) -> None:
     """Raises ValueError for anything but a whole number from 0."""
