@@ -90,7 +90,7 @@ def test_bare_vectors_show_what_there_is() -> None:
             "split_half_cosine": {"0": float("nan")},
             "refine": {"a": 1},
         },
-        {"hidden_norms": {"0": 10**400}, "tuning": {"chosen": {"accuracy": True}}, "n_pairs": 10**400},
+        {"hidden_norms": {"0": 10**400}, "tuning": {"chosen": {"accuracy": True}}},
     ],
 )
 def test_metadata_of_other_kinds_is_left_out(metadata: dict[str, object]) -> None:
