@@ -38,7 +38,7 @@ def pybind11_cmake_dir() -> Path:
     return Path(spec.submodule_search_locations[0]) / "share" / "cmake" / "pybind11"
 
 
-class CMakeBuild(build_ext):
+class CMakeBuild(build_ext):  # type: ignore[misc]
     """One CMake build makes all libraries; the Extension entry only tells setuptools of _C."""
 
     def build_extension(self, ext: Extension) -> None:

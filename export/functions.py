@@ -405,7 +405,7 @@ def default_opset(model: ModelProto) -> int:
     """The version of the default operator domain that a model imports."""
     for opset in model.opset_import:
         if opset.domain in ("", "ai.onnx"):
-            return opset.version
+            return int(opset.version)
     raise ValueError("the model imports no version of the default ONNX operator domain")
 
 

@@ -32,9 +32,7 @@ def require_genai() -> ModuleType:
             "onnxruntime-genai is not installed: pip install 'grains_ext[genai]' (it needs "
             "onnxruntime 1.31 or newer), or export for runtime='ort'"
         )
-    import onnxruntime_genai
-
-    return onnxruntime_genai
+    return importlib.import_module("onnxruntime_genai")
 
 
 def write_genai_config(model: PreTrainedModel, folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,10 +34,11 @@ class Sampler:
         self._temperature, self._top_p = temperature, top_p
         self._random = np.random.default_rng(seed)
 
-    def __call__(self, logits: NDArray) -> NDArray[np.int64]:
+    def __call__(self, logits: NDArray[Any]) -> NDArray[np.int64]:
         """logits [batch, vocabulary] -> tokens [batch]."""
         if self._temperature == 0:
-            return logits.argmax(axis=-1).astype(np.int64)
+            likeliest: NDArray[np.int64] = logits.argmax(axis=-1).astype(np.int64)
+            return likeliest
         scaled = logits.astype(np.float64) / self._temperature
         probabilities = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
         probabilities /= probabilities.sum(axis=-1, keepdims=True)
@@ -63,7 +64,7 @@ class OnnxDecoder:
     """
 
     def __init__(
-        self, session: InferenceSession, *, overrides: Mapping[str, NDArray] | None = None
+        self, session: InferenceSession, *, overrides: Mapping[str, NDArray[Any]] | None = None
     ) -> None:
         self.session = session
         self._ort = require_onnxruntime()
@@ -91,7 +92,7 @@ class OnnxDecoder:
         input_ids: NDArray[np.int64],
         attention_mask: NDArray[np.int64],
         cache: list[OrtValue] | None = None,
-    ) -> tuple[NDArray, list[OrtValue]]:
+    ) -> tuple[NDArray[Any], list[OrtValue]]:
         """One forward pass.
 
         input_ids [batch, tokens]; attention_mask [batch, past + tokens], 0 for padding; cache as

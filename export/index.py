@@ -83,7 +83,7 @@ class GraphIndex:
         node = self.nodes[position]
         if node.op_type != "Add" and node.op_type not in SKIP_NORMS:
             return None
-        left, right = node.input[0], node.input[1]
+        left, right = str(node.input[0]), str(node.input[1])
         if left in self.constants or right in self.constants:
             return None
         for stream, branch in ((left, right), (right, left)):

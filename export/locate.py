@@ -219,7 +219,7 @@ def _logits_output(graph: onnx.GraphProto) -> str:
         return "logits"
     flat = [output.name for output in graph.output if _rank(output) == 3]
     if len(flat) == 1:
-        return flat[0]
+        return str(flat[0])
     raise GraphError(
         f"the graph has no 'logits' output, nor a single output of rank 3 (outputs: "
         f"{_names(graph.output)}): it is not a decoder with a language-model head"

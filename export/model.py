@@ -34,10 +34,11 @@ from grains_ext.export.genai import (
     write_genai_config,
 )
 from grains_ext.export.generate import OnnxDecoder
-from grains_ext.export.inject import Injected, inject
+from grains_ext.export.inject import inject
 from grains_ext.export.quantize import BITS, in_float_arithmetic, quantize_graph
 from grains_ext.export.readme import readme
 from grains_ext.export.runtime import ort_library_path, require_onnxruntime, session
+from grains_ext.export.surgery import Injected
 from grains_ext.export.trace import DEFAULT_OPSET, ExportError, export_graph
 from grains_ext.export.verify import Parity, verify_quantized
 from grains_ext.export.verify import verify as verify_graph

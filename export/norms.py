@@ -136,11 +136,11 @@ class NormMatcher:
         return readers[0] if self.index.nodes[readers[0]].op_type == op_type else None
 
     def _output(self, position: int) -> str:
-        return self.index.nodes[position].output[0]
+        return str(self.index.nodes[position].output[0])
 
     def _other_input(self, position: int, name: str) -> str:
         first, second = self.index.nodes[position].input
-        return second if first == name else first
+        return str(second if first == name else first)
 
     def _scalar(self, name: str) -> float | None:
         tensor = self.constants.get(name)

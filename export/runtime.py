@@ -30,9 +30,7 @@ def require_onnxruntime() -> ModuleType:
             "name: pip install 'grains_ext[cpu]' (onnxruntime) or 'grains_ext[gpu]' "
             "(onnxruntime-gpu)"
         )
-    import onnxruntime
-
-    return onnxruntime
+    return importlib.import_module("onnxruntime")
 
 
 def ort_library_path() -> str:

@@ -180,11 +180,12 @@ def _end_tokens(folder: Path) -> frozenset[int]:
 def _context_length(folder: Path) -> int | None:
     config = _json(folder / "config.json")
     config = config.get("text_config", config)
-    return (
+    length: int | None = (
         config.get("max_position_embeddings")
         or config.get("n_positions")
         or _json(folder / GENAI_CONFIG_NAME).get("model", {}).get("context_length")
     )
+    return length
 
 
 def _json(path: Path) -> dict[str, Any]:

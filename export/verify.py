@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -270,7 +270,7 @@ def _run(
     *,
     library: bool,
     providers: Sequence[Provider] | None = None,
-    overrides: Mapping[str, NDArray] | None = None,
+    overrides: Mapping[str, NDArray[Any]] | None = None,
 ) -> list[NDArray[np.float32]]:
     """The logits of a graph on the reference's text."""
     runtime = session(

@@ -96,7 +96,8 @@ class DecoderView:
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """inputs_embeds [B, T, D] for input_ids int64 [B, T], as the model's forward takes them."""
-        return self.embedding(input_ids)
+        embeds: Tensor = self.embedding(input_ids)
+        return embeds
 
     @contextmanager
     def capture(
@@ -209,9 +210,10 @@ def _part(model: nn.Module, role: str, path: str | None) -> nn.Module | None:
 
 def _call(model: nn.Module, getter: str) -> nn.Module | None:
     try:
-        return getattr(model, getter)()
+        found: nn.Module | None = getattr(model, getter)()
     except (AttributeError, NotImplementedError):
         return None
+    return found
 
 
 def _find_blocks(

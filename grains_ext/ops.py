@@ -93,7 +93,8 @@ def ig_interpolate(input: Tensor, baseline: Tensor, alphas: Tensor) -> Tensor:
         [S, B, T, D] of `input`'s dtype: baseline + alpha (input - baseline). No gradient: the
         points are leaves of the model's graph.
     """
-    return _call(torch.ops.grains.ig_interpolate.default, input, baseline, alphas)
+    points: Tensor = _call(torch.ops.grains.ig_interpolate.default, input, baseline, alphas)
+    return points
 
 
 def _check_path(op: str, input: Tensor, baseline: Tensor, name: str, per_step: Tensor) -> None:
@@ -133,7 +134,8 @@ def ig_accumulate(grads: Tensor, input: Tensor, baseline: Tensor, weights: Tenso
     Returns:
         float32 [B, T]. The [S, B, T, D] product is never stored. No gradient.
     """
-    return _call(torch.ops.grains.ig_accumulate.default, grads, input, baseline, weights)
+    scores: Tensor = _call(torch.ops.grains.ig_accumulate.default, grads, input, baseline, weights)
+    return scores
 
 
 @torch.library.register_fake("grains::ig_accumulate")
@@ -175,9 +177,10 @@ def steer_add_normalize(
         A new contiguous tensor like `hidden`. Differentiable in hidden, vectors and strength.
     """
     strength = _as_strength(strength, hidden)
-    return _call(
+    steered: Tensor = _call(
         torch.ops.grains.steer_add_normalize.default, hidden, vectors, strength, index, eps
     )
+    return steered
 
 
 def _check_steering(
@@ -213,7 +216,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 def _norm(rows: Tensor) -> Tensor:
     """Summed in float64, so that rows of any finite scale have a norm."""
-    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float64)
+    norm: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float64)
     return norm.to(torch.float32)
 
 
@@ -325,7 +328,7 @@ def skip_steer_rms_norm(
         gradient.
     """
     strength = _as_strength(strength, x)
-    return _call(
+    both: tuple[Tensor, Tensor] = _call(
         torch.ops.grains.skip_steer_rms_norm.default,
         x,
         skip,
@@ -336,6 +339,7 @@ def skip_steer_rms_norm(
         eps,
         weight_offset,
     )
+    return both
 
 
 def _check_skip(op: str, x: Tensor, skip: Tensor, **parameters: Tensor | None) -> None:
@@ -385,7 +389,7 @@ def skip_steer_layer_norm(
     + bias; `bias` is [D] or None. No gradient.
     """
     strength = _as_strength(strength, x)
-    return _call(
+    both: tuple[Tensor, Tensor] = _call(
         torch.ops.grains.skip_steer_layer_norm.default,
         x,
         skip,
@@ -396,6 +400,7 @@ def skip_steer_layer_norm(
         index,
         eps,
     )
+    return both
 
 
 @torch.library.register_fake("grains::skip_steer_layer_norm")

@@ -100,7 +100,7 @@ def forward_logits(
         kwargs["inputs_embeds"] = inputs_embeds
     else:
         kwargs["input_ids"] = input_ids
-    logits = model(**kwargs).logits
+    logits: Tensor = model(**kwargs).logits
     # A slice of all of them would still cost its gradient a copy.
     return logits if last in (None, logits.shape[1]) else logits[:, -last:]
 

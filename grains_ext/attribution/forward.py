@@ -293,7 +293,8 @@ def _attention_mask(rows: list[Row], embeddings: Tensor) -> Tensor | dict[str, T
         parts = {name: whole([mask[name] for mask in by_type]) for name in by_type[0]}
         return {name: additive_mask(part, embeddings)[order] for name, part in parts.items()}
     alike = whole([mask for mask in masks if isinstance(mask, Tensor)])
-    return additive_mask(alike, embeddings)[order]
+    together: Tensor = additive_mask(alike, embeddings)[order]
+    return together
 
 
 def _position_ids(rows: list[Row], width: int) -> Tensor:

@@ -132,7 +132,7 @@ class WeightedLogprobs:
         """f of each row, float32 [rows]; logits [rows, R, V], or [rows, R, K] of ``vocabulary``."""
         from grains_ext.attribution.weighted_logprobs import WeightedSum  # needs torch
 
-        f: Tensor = WeightedSum.apply(
+        f: Tensor = WeightedSum.apply(  # type: ignore[no-untyped-call]
             logits, self.tokens, self.weights, self.positions, self.normalisers
         )
         return f

@@ -26,7 +26,7 @@ from grains_ext.demo.speed import Spread, interleaved_rates
 from grains_ext.demo.train import MODEL_DIR
 from grains_ext.encoding import encode_prompt
 from grains_ext.evaluation.generation import generate
-from grains_ext.export.model import GRAPH_NAME, UNSTEERED_NAME
+from grains_ext.export.folder import GRAPH_NAME, UNSTEERED_NAME
 from grains_ext.export.runtime import require_onnxruntime
 from grains_ext.progress import no_loading_bars
 from grains_ext.report import Generation, write_report

@@ -186,13 +186,14 @@ def _train_vision(
         """[n, places, tokens of a quarter, digits and then places]."""
         features = tower(pixel_values(pictures), output_hidden_states=True).hidden_states[-1][:, 1:]
         # half of the rows, row in it, half of the columns, column in it
-        return (
+        quarters: Tensor = (
             head(features)
             .unflatten(1, (2, half, 2, half))
             .transpose(2, 3)
             .flatten(1, 2)
             .flatten(2, 3)
         )
+        return quarters
 
     def loss() -> Tensor:
         pictures = _draw(digits, rng, config.pictures_per_step)
@@ -261,12 +262,14 @@ def _train_language(
                 strict=True,
             )
         )
-        return model(
+        outputs = model(
             input_ids,
             pixel_values=pixel_values(pictures),
             attention_mask=attention_mask,
             labels=labels,
-        ).loss
+        )
+        found: Tensor = outputs.loss
+        return found
 
     with _blanked_image_tokens(model, blank_rate):
         return optimise(

@@ -3,9 +3,10 @@
 from grains_ext.evaluation.comparison import EvaluationReport, Measurement, evaluate, measure
 from grains_ext.evaluation.intervals import Estimate, PairedChange, Proportion, Statistic
 from grains_ext.evaluation.multiple_choice import MultipleChoice
-from grains_ext.evaluation.questions import Question, QuestionSet, win_rate
+from grains_ext.evaluation.questions import Answered, Question, QuestionSet, win_rate, wins
 
 __all__ = [
+    "Answered",
     "Estimate",
     "EvaluationReport",
     "Measurement",
@@ -18,4 +19,5 @@ __all__ = [
     "evaluate",
     "measure",
     "win_rate",
+    "wins",
 ]

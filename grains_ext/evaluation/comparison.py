@@ -137,6 +137,39 @@ class Measurement:
             figures |= {f"{name}/{figure}": value for figure, value in task.statistics.items()}
         return figures | fluency_statistics(self.texts)
 
+    @classmethod
+    def from_dict(
+        cls, plain: Mapping[str, Any], tasks: Mapping[str, Task] | None = None
+    ) -> Measurement:
+        """What `as_dict` gave, from JSON; its figures and intervals are worked out again.
+
+        tasks: those that were measured, which say how their outcomes are counted. Raises ValueError
+        for others.
+        """
+        tasks = dict(tasks or {})
+        if set(plain["tasks"]) != set(tasks):
+            raise ValueError(
+                f"the tasks {sorted(plain['tasks'])} were measured, got {sorted(tasks)}"
+            )
+        results = {}
+        for name, task in tasks.items():
+            rows = plain["tasks"][name]
+            if isinstance(task, QuestionSet):
+                answered = [Answered(**row) for row in rows]
+                results[name] = TaskResult(tuple(answered), question_statistics(task, answered))
+            else:
+                chosen = [
+                    ChoiceOutcome(**{**row, "logprobs": tuple(map(_number, row["logprobs"]))})
+                    for row in rows
+                ]
+                results[name] = TaskResult(tuple(chosen), choice_statistics(chosen))
+        outcomes = [
+            Outcome(**{key: _number(row[key]) if "margin" in key else row[key] for key in row})
+            for row in plain["outcomes"]
+        ]
+        texts = [TextOutcome(**row) for row in plain["texts"]]
+        return cls(tuple(outcomes), tuple(texts), results)
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON: every figure with its interval, and every outcome."""
         return {
@@ -394,7 +427,10 @@ def _uncompiled(model: Any) -> Any:
 
 
 def _context(steering: Any, model: Any) -> AbstractContextManager[Any]:
-    return steering.applied(model) if hasattr(steering, "applied") else steering(model)
+    context: AbstractContextManager[Any] = (
+        steering.applied(model) if hasattr(steering, "applied") else steering(model)
+    )
+    return context
 
 
 def _check_not_empty(
@@ -441,6 +477,10 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _number(plain: float | None) -> float:
+    return math.nan if plain is None else plain
 
 
 def _cell(name: str, estimate: Proportion | Estimate, change: PairedChange | None) -> str:

@@ -75,4 +75,5 @@ def fluency_statistics(outcomes: Sequence[TextOutcome]) -> dict[str, Statistic]:
 
 
 def _perplexity(sums: np.ndarray) -> np.ndarray:
-    return np.exp(-sums[..., 0] / sums[..., 1])
+    perplexity: np.ndarray = np.exp(-sums[..., 0] / sums[..., 1])
+    return perplexity

@@ -178,7 +178,8 @@ def columns(*values: Values) -> np.ndarray:
 
 def _ratio(sums: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.divide(sums[..., 0], sums[..., 1])
+        ratio: np.ndarray = np.divide(sums[..., 0], sums[..., 1])
+        return ratio
 
 
 def _resampled(statistics: Sequence[Statistic], resamples: int, seed: int) -> list[np.ndarray]:

@@ -151,7 +151,22 @@ def win_rate(
     *,
     seed: int = 0,
 ) -> Estimate:
-    """How often ``ours`` beats ``theirs``, with its bootstrap interval; a tie is half a win.
+    """How often ``ours`` beats ``theirs``, with its bootstrap interval; arguments as `wins`."""
+    statistic = Statistic.mean(wins(questions, ours, theirs, judge, seed=seed))
+    estimate = statistic.estimate(seed=seed)
+    assert isinstance(estimate, Estimate)
+    return estimate
+
+
+def wins(
+    questions: Sequence[Question],
+    ours: Sequence[str],
+    theirs: Sequence[str],
+    judge: Callable[[Question, str, str], float],
+    *,
+    seed: int = 0,
+) -> list[float]:
+    """Of each question 1 where ``ours`` is the better answer, 0 where it is not, 0.5 for a tie.
 
     judge: (question, first, second) -> 1 where the first answer is better, 0 where the second is,
         0.5 for a tie. Which of the two stands first is drawn for each question, since judges prefer
@@ -160,14 +175,11 @@ def win_rate(
     Raises ValueError where the three differ in length, or a verdict is not in [0, 1].
     """
     rng = random.Random(seed)
-    wins = []
+    won = []
     for question, mine, other in zip(questions, ours, theirs, strict=True):
         swapped = rng.random() < 0.5
         verdict = float(judge(question, *((other, mine) if swapped else (mine, other))))
         if not 0 <= verdict <= 1:
             raise ValueError(f"a verdict must be between 0 and 1, got {verdict}")
-        wins.append(1 - verdict if swapped else verdict)
-    statistic = Statistic.mean(wins)
-    estimate = statistic.estimate(seed=seed)
-    assert isinstance(estimate, Estimate)
-    return estimate
+        won.append(1 - verdict if swapped else verdict)
+    return won

@@ -1,9 +1,9 @@
 """An attribution as HTML: shaded tokens, patches over the picture, and what they add up to.
 
 The same figure stands in a page of its own, in a notebook's cell and in a report. It needs no
-network: its style is inside, it has no script. Token colours are signed and colour-blind-safe (blue
-for positive, orange for negative), and the sign is also in the line under a token and in the number
-in its label, for print and screen readers.
+network and, in a notebook, no script. Token colours are signed and colour-blind-safe (blue for
+positive, orange for negative); the sign is also in the line under a token, and in the number that
+shows on hover and focus, in print, and to screen readers.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
 # Below full opacity, so that the text on a token stays readable in light and dark.
 _MAX_ALPHA = 0.75
-# Pictures are embedded at no more pixels a side than a screen shows of them.
-_MAX_SIDE = 1024
+# Pictures are embedded at twice the pixels a side that the page shows of them, for dense screens.
+_MAX_SIDE = 640
+# So few pixels a side are drawn as squares, not blurred, and kept as they are.
+_COARSE = 128
 # The picture's width over its height may differ this much from the attributed image's.
 _ASPECT_TOLERANCE = 0.02
 
@@ -74,11 +76,11 @@ def _render(name: str, attribution: Attribution, images: Sequence[Any] | None) -
     )
 
 
-def _shading(score: float, shade: float) -> dict[str, str]:
+def _shading(score: float, shade: float) -> dict[str, Any]:
+    """alpha: how much of the colour, below 0 of that of negative scores."""
     return {
         "score": f"{score:+.3f}",
-        "sign": "pos" if shade >= 0 else "neg",
-        "alpha": f"{abs(shade) * _MAX_ALPHA:.3f}",
+        "alpha": round(shade * _MAX_ALPHA, 3),
     }
 
 
@@ -101,8 +103,7 @@ def _picture(picture: view.Picture, source: Any, grid: ImageGrid) -> dict[str, A
         "label": label,
         "width": width,
         "height": height,
-        # Fewer pixels than the screen has are drawn as squares, not blurred.
-        "coarse": max(width, height) <= 128,
+        "coarse": max(width, height) <= _COARSE,
         "data": None if source is None else _data_uri(source, grid),
         "layers": [
             [
@@ -132,7 +133,8 @@ def _data_uri(source: Any, grid: ImageGrid) -> str:
             f"a picture of {width} x {height} pixels was given for an image of {expected_width} x "
             f"{expected_height}: give the image that was attributed"
         )
+    kind = "png" if max(picture.size) <= _COARSE else "jpeg"
     picture.thumbnail((_MAX_SIDE, _MAX_SIDE))
     content = BytesIO()
-    picture.save(content, "PNG")
-    return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
+    picture.convert("RGB").save(content, kind, quality=85)
+    return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"

@@ -116,7 +116,8 @@ def shades(scores: npt.ArrayLike) -> list[float]:
     """
     values = np.nan_to_num(np.asarray(scores, dtype=np.float64))
     largest = np.abs(values).max(initial=0.0)
-    return (values / largest if largest > 0 else np.zeros_like(values)).tolist()
+    shares: list[float] = (values / largest if largest > 0 else np.zeros_like(values)).tolist()
+    return shares
 
 
 def visible(token: str) -> str:

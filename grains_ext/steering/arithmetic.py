@@ -186,7 +186,8 @@ def _basis(directions: list[Tensor]) -> Tensor:
     matrix = matrix[:, lengths > 0] / lengths[lengths > 0]
     # Of parallel directions one is kept: singular values tell where QR would divide by nothing.
     left, singular, _ = torch.linalg.svd(matrix, full_matrices=False)
-    return left[:, singular > 1e-9 * singular.max()] if singular.numel() else left
+    basis: Tensor = left[:, singular > 1e-9 * singular.max()] if singular.numel() else left
+    return basis
 
 
 def _linear(block: int, start: Tensor, end: Tensor, weight: float) -> Tensor:
@@ -213,7 +214,8 @@ def _spherical(block: int, start: Tensor, end: Tensor, weight: float) -> Tensor:
         )
     if angle < _SMALL_ANGLE:
         turned = _linear(block, u, v, weight)
-        return length * turned / turned.norm()
+        scaled: Tensor = length * turned / turned.norm()
+        return scaled
     turned = math.sin((1 - weight) * angle) * u + math.sin(weight * angle) * v
     return (length / math.sin(angle)) * turned
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Any, TypedDict, Unpack
+from typing import Any, ClassVar, Protocol, TypedDict, TypeVar, Unpack
 
 import numpy as np
 import torch
@@ -275,8 +275,21 @@ def fit_random_direction(
     return run.assembled(directions, {"method": "random_direction", "seed": seed})
 
 
-def with_instruction(pairs: Iterable[PreferencePair], instruction: str) -> list[PreferencePair]:
-    """The pairs with an instruction in front of their prompts: prompting in the place of steering.
+class Prompted(Protocol):
+    """A dataclass with a prompt: a PreferencePair, a MultipleChoice item, a Question."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def prompt(self) -> Any: ...
+
+
+AnyPrompted = TypeVar("AnyPrompted", bound=Prompted)
+
+
+def with_instruction(items: Iterable[AnyPrompted], instruction: str) -> list[AnyPrompted]:
+    """The pairs, choices or questions with an instruction in front of their prompts: prompting in
+    the place of steering.
 
     Before a string and an empty line; for messages in front of what the system message says, or as
     a system message. Raises ValueError for a blank instruction.
@@ -297,7 +310,7 @@ def with_instruction(pairs: Iterable[PreferencePair], instruction: str) -> list[
             content = [{"type": "text", "text": f"{instruction}\n\n"}, *content]
         return [{**first, "content": content}, *others]
 
-    return [replace(pair, prompt=told(pair.prompt)) for pair in pairs]
+    return [replace(item, prompt=told(item.prompt)) for item in items]
 
 
 # --- what they share ------------------------------------------------------------------------------

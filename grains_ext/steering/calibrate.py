@@ -40,6 +40,10 @@ _POLISH = (1.2, 1.1)
 _LOST = -1e4
 
 
+class NothingWithinLimit(ValueError):
+    """Even the gentlest setting costs the neutral texts more than was allowed."""
+
+
 @dataclass(frozen=True)
 class Trial:
     """One setting that was tried."""
@@ -120,8 +124,8 @@ def tune(
     Returns the chosen blocks' vectors at the chosen strength. metadata["tuning"] holds the limits,
     the unsteered accuracy and margin, the chosen trial, every trial, the frontier (no other trial
     is at once more accurate and more fluent) and how much was evaluated. Raises ValueError for no
-    pairs, wrong strengths or blocks, where no setting stays within the limit, or ``trials`` is of
-    another run.
+    pairs, wrong strengths or blocks, or ``trials`` of another run; NothingWithinLimit, which is
+    one, where no setting stays within the limit.
     """
     pairs = list(dev_pairs)
     if not pairs:
@@ -389,7 +393,7 @@ def _search(
         limit = f"the perplexity within {meter.max_ratio} times the unsteered one"
         if meter.max_kl is not None:
             limit += f" and KL within {meter.max_kl} nats per token"
-        raise ValueError(
+        raise NothingWithinLimit(
             f"no setting keeps {limit}; the gentlest made the perplexity {meter.gentlest():.3g} "
             "times the unsteered one: try smaller strengths or fewer blocks"
         )

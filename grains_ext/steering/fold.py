@@ -129,7 +129,8 @@ def _last_layer(view: DecoderView, block: int, args: Any, kwargs: Any) -> nn.Mod
         eps = torch.finfo(hidden_states_of(module(*args, **kwargs)).dtype).eps
         if (moved - plain - probe).abs().max() <= _ROUNDING * eps * size:
             _check_alone(view, block, layer)
-            return layer
+            chosen: nn.Module = layer
+            return chosen
     names = [name for name, m in ran if _has_bias(m, view.hidden_size)]
     raise ValueError(
         f"block {block} ({type(module).__name__}) has no linear layer whose bias is simply added "
@@ -140,7 +141,7 @@ def _last_layer(view: DecoderView, block: int, args: Any, kwargs: Any) -> nn.Mod
 
 def _has_bias(module: nn.Module, size: int) -> bool:
     if isinstance(module, Conv1D):
-        return module.nf == size
+        return bool(module.nf == size)
     weight = getattr(module, "weight", None)
     return (
         isinstance(module, nn.Linear)

@@ -80,20 +80,20 @@ def checked_direction(direction: Any, name: str) -> Tensor:
     if not direction.is_floating_point():
         raise ValueError(f"{name} must be float32, got {direction.dtype}")
     # A copy: the caller may change its own, and safetensors wants no two that share memory.
-    direction = direction.detach().to("cpu", torch.float32, copy=True).contiguous()
-    if not torch.isfinite(direction).all():
+    copied: Tensor = direction.detach().to("cpu", torch.float32, copy=True).contiguous()
+    if not torch.isfinite(copied).all():
         raise ValueError(f"{name} has values that are not finite")
-    return direction
+    return copied
 
 
 def score(hidden: Tensor, direction: Tensor, center: Tensor, kind: str) -> Tensor:
     """float32 [...] of hidden [..., D]."""
     shifted = hidden.float() - center
     # Not a matrix product: autocast would run that in half precision.
-    along = (shifted * direction).sum(-1)
+    along: Tensor = (shifted * direction).sum(-1)
     if kind == "probe":
         return along
-    norms = shifted.norm(dim=-1) * direction.norm()
+    norms: Tensor = shifted.norm(dim=-1) * direction.norm()
     return along / norms.clamp(min=torch.finfo(torch.float32).tiny)
 
 

@@ -151,7 +151,7 @@ class NeutralTexts:
         if accepts_positions and set(batch.inputs) <= {"input_ids", "attention_mask"}:
             arguments["position_ids"] = position_ids_of(arguments["attention_mask"])
         with prompt_lengths(model, held.prompt_lengths):
-            logits = model(**arguments).logits
+            logits: Tensor = model(**arguments).logits
         return logits[:, :-1][held.scored.to(logits.device)]
 
     def _nll(self, number: int, logits: Tensor) -> Tensor:

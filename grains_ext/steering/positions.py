@@ -227,6 +227,7 @@ def _past_length(cache: Any) -> int | Tensor:
     if cache is None:
         return 0
     if hasattr(cache, "get_seq_length"):
-        return cache.get_seq_length()
+        length: int | Tensor = cache.get_seq_length()
+        return length
     # Before there were cache objects: ((keys [B, heads, T, size], values), ...) by block.
-    return cache[0][0].shape[-2]
+    return int(cache[0][0].shape[-2])

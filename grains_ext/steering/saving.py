@@ -129,7 +129,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     _check_fields(config, {"format_version": int} | expected, str(path))
     if not all(type(block) is int for block in config["blocks"]):
         raise ValueError(f"{path}: `blocks` must be whole numbers, got {config['blocks']}")
-    return config
+    return dict(config)
 
 
 def _check_fields(config: dict[str, Any], expected: _Kinds, where: str) -> None:

@@ -57,15 +57,17 @@ class ImageGrid:
         rows = _coverage(y0, y1, height or self.size[1])
         area = columns.sum(1) * rows.sum(1)
         density = np.divide(values, area, out=np.zeros(n), where=area > 0)
-        return ((rows * density[:, None]).T @ columns).astype(np.float32)
+        heat: npt.NDArray[np.float32] = ((rows * density[:, None]).T @ columns).astype(np.float32)
+        return heat
 
 
 def _coverage(start: np.ndarray, stop: np.ndarray, n_pixels: int) -> np.ndarray:
     """How much of each pixel lies within [start, stop] of the axis, [n, n_pixels] in [0, 1]."""
     edges = np.arange(n_pixels)
-    return np.clip(
+    covered: np.ndarray = np.clip(
         np.minimum(edges + 1, stop[:, None] * n_pixels)
         - np.maximum(edges, start[:, None] * n_pixels),
         0,
         1,
     )
+    return covered

@@ -99,9 +99,9 @@ def _cells(columns: int, rows: int, view: tuple[float, float, float, float] = WH
 
 
 def _cut(boxes: np.ndarray) -> Boxes:
-    cut = np.clip(boxes, 0.0, 1.0)
+    cut: Boxes = np.clip(boxes, 0.0, 1.0).astype(np.float32)
     cut[(cut[:, 2] <= cut[:, 0]) | (cut[:, 3] <= cut[:, 1])] = 0.0
-    return cut.astype(np.float32)
+    return cut
 
 
 def _tiles(columns: int, rows: int, side: int) -> list[Boxes]:

@@ -39,7 +39,9 @@ def without_video(processor_class: Any) -> Any:
     if parts == images_and_text:
         return processor_class
 
-    def from_args_and_dict(cls: Any, args: list[Any], saved: dict[str, Any], **kwargs: Any) -> Any:
+    def from_args_and_dict(
+        cls: type[Any], args: list[Any], saved: dict[str, Any], /, **kwargs: Any
+    ) -> Any:
         given = iter(args)
         filled = [next(given) if part in images_and_text else None for part in parts]
         saved = {name: value for name, value in saved.items() if name not in parts}
