@@ -7,6 +7,7 @@ its own baseline only, see `inseq_contrastive`.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 from warnings import catch_warnings, simplefilter
@@ -64,10 +65,12 @@ def captum_expert(
     method: str,
     n_steps: int,
     max_batch_tokens: int = 1280,
+    with_error: bool = False,
 ) -> Scores:
     """captum's IntegratedGradients on inputs_embeds, f in one forward function, steps in batches.
 
     LayerIntegratedGradients on the embedding layer does the same work and two forwards more.
+    with_error: f at both ends as well, whose difference from the sum of scores is the error.
     """
     from captum.attr import IntegratedGradients
 
@@ -82,8 +85,9 @@ def captum_expert(
             n_steps=n_steps,
             method=method,
             internal_batch_size=max(1, max_batch_tokens // (n_rows * longest)),
+            return_convergence_delta=with_error,
         )
-        results.append(_scores(attributed[0]))
+        results.append(_scores((attributed[0] if with_error else attributed)[0]))
     return results
 
 
@@ -190,7 +194,11 @@ def available() -> dict[str, Rival]:
     """The rivals whose packages are installed, by the name that tables show."""
     rivals: dict[str, Rival] = {"loop": loop}
     if find_spec("captum"):
-        rivals |= {"captum expert": captum_expert, "captum LLM": captum_llm}
+        rivals |= {
+            "captum expert": captum_expert,
+            "captum expert, error": partial(captum_expert, with_error=True),
+            "captum LLM": captum_llm,
+        }
     if find_spec("inseq"):
         rivals |= {"inseq": inseq_contrastive}
     return rivals

@@ -52,7 +52,7 @@ def assert_same(found: rivals.Scores, expected: rivals.Scores) -> None:
 
 @pytest.mark.parametrize("family", TINY)
 @pytest.mark.parametrize("method", ["riemann_middle", "gausslegendre"])
-@pytest.mark.parametrize("name", ["loop", "captum expert", "captum LLM"])
+@pytest.mark.parametrize("name", ["loop", "captum expert", "captum expert, error", "captum LLM"])
 def test_rivals_agree_with_ours_at_equal_nodes(name: str, family: str, method: str) -> None:
     if name.startswith("captum"):
         pytest.importorskip("captum", reason="captum is not installed")
