@@ -128,7 +128,8 @@ def replaying(decoder: DecoderView, overrides: Mapping[str, Any]) -> Iterator[No
 
     hook = decoder.stack.register_forward_pre_hook(replace, with_kwargs=True)
     try:
-        yield
+        with _own_positions(decoder.model):
+            yield
     finally:
         hook.remove()
 
@@ -186,7 +187,7 @@ def _run_to_stack(decoder: DecoderView, inputs: dict[str, Tensor]) -> dict[str, 
 
     hook = decoder.stack.register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        with frozen(decoder.model), _remembered_positions(decoder.model):
+        with frozen(decoder.model), _own_positions(decoder.model):
             unwrap(decoder.model)(**inputs, use_cache=False)
     except _StackReached:
         pass
@@ -201,10 +202,15 @@ def _run_to_stack(decoder: DecoderView, inputs: dict[str, Tensor]) -> dict[str, 
 
 
 @contextmanager
-def _remembered_positions(model: nn.Module) -> Iterator[None]:
-    """Qwen's models keep the last prompt's shift of positions; a capture must not change it."""
-    keepers = [module for module in model.modules() if hasattr(module, "rope_deltas")]
+def _own_positions(model: nn.Module) -> Iterator[None]:
+    """Qwen's models keep the last prompts' shifts of positions: not to be seen here, nor changed.
+
+    With embeddings for input they would add them to other rows, of which there may be fewer.
+    """
+    keepers: list[Any] = [m for m in model.modules() if hasattr(m, "rope_deltas")]
     before = [module.rope_deltas for module in keepers]
+    for module in keepers:
+        module.rope_deltas = None
     try:
         yield
     finally:
