@@ -304,3 +304,18 @@ def test_what_is_not_finite_is_null_in_json() -> None:
     [plain] = Measurement((outcome,)).as_dict()["outcomes"]
     assert plain["margin"] is None
     assert plain["margin_per_token"] is None
+
+
+def test_a_measurement_comes_back_from_json() -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    pairs = [PreferencePair("the sky is", "blue", "red", id="s"), PreferencePair("a", "b", "c")]
+    tasks = {
+        "colors": [MultipleChoice("the sky is", ("blue", "red", "green"), (True, False, False))],
+        "open": QuestionSet([Question("the sky is", ("blue",))], "exact", max_new_tokens=2),
+    }
+    found = measure(model, tokenizer, pairs, tasks=tasks, neutral_texts=["the sky is blue"])
+    again = Measurement.from_dict(json.loads(json.dumps(found.as_dict())), tasks)
+    assert again == found
+    assert again.as_dict() == found.as_dict()
+    with pytest.raises(ValueError, match="were measured, got"):
+        Measurement.from_dict(found.as_dict())
