@@ -36,12 +36,12 @@ from benchmarks.attribution_accuracy import Accuracy, accuracy_of, results_of, s
 from benchmarks.attribution_rivals import available, captum_expert, ours
 from benchmarks.gemm_floor import Evaluation, GemmFloor, GemmPeak
 from benchmarks.shapes import SHAPES, random_model, random_pairs, trained_model, word_tokenizer
-from benchmarks.timing import Spread, header, relative_to, take_turns, write_json
 from grains_ext.demo import world
 from grains_ext.demo.run import load_model
 from grains_ext.encoding import encode_pair
 from grains_ext.pairs import PreferencePair
 from grains_ext.progress import progress_bar
+from grains_ext.timing import Spread, header, relative_to, take_turns, write_json
 
 SECTIONS = ("steps", "accuracy", "memory", "savings")
 FLOOR, EXPERT = "GEMM floor", "captum expert"

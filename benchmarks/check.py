@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cpu_driver import DTYPES, OPS, Driver, MissingToolError, native
-from benchmarks.timing import Spread, processor
+from grains_ext.timing import Spread, processor
 
 REFERENCE = Path(__file__).resolve().parent / "results" / "kernels-check.json"
 COUNTED = (1, 512)

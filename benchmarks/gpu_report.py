@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.timing import environment
+from grains_ext.timing import environment
 
 
 def read_steps(path: Path) -> list[dict[str, str]]:

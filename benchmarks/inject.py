@@ -22,7 +22,7 @@ from onnx import TensorProto, helper
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.timing import Spread, header, write_json
+from grains_ext.timing import Spread, header, write_json
 
 BLOCKS, HIDDEN, INNER, VOCABULARY, HEADS = 32, 4096, 11008, 32000, 32
 HEAD = HIDDEN // HEADS

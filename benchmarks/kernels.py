@@ -23,8 +23,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.timing import header, interleave, write_json
 from grains_ext import ops
+from grains_ext.timing import header, interleave, write_json
 
 DIM = 4096
 ROWS = (1, 64, 2048)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.timing import Measurement, interleave
 from grains_ext import ops  # noqa: F401  (registers torch.ops.grains)
+from grains_ext.timing import Measurement, interleave
 
 DTYPE = torch.bfloat16
 LARGE = ((2048, 4096), (8192, 8192))

@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import onnx_models, onnx_sites
-from benchmarks.timing import Measurement, header, interleave, write_json
 from grains_ext import export
+from grains_ext.timing import Measurement, header, interleave, write_json
 
 DIMS = (512, 1024, 2048, 4096, 8192)
 ROWS = (1, 16, 128)

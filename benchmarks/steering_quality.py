@@ -48,7 +48,7 @@ from benchmarks.steering_worlds import (
     log_of,
     train_missing,
 )
-from benchmarks.timing import environment
+from grains_ext.timing import environment
 
 MAX_PERPLEXITY_RATIO = 1.018
 """Of the dev texts, so that test texts stay within 2 %."""

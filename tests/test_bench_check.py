@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from benchmarks.check import REFERENCE, Reference, compare_counts, timed_cases
-from benchmarks.timing import Spread
+from grains_ext.timing import Spread
 
 
 def test_more_instructions_are_slower_and_a_few_are_not() -> None:

@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 from benchmarks import attribution_rivals as rivals
 from benchmarks.gemm_floor import Evaluation, GemmFloor
 from benchmarks.shapes import TINY, random_model, random_pairs, word_tokenizer
-from benchmarks.timing import relative_to, take_turns
 from grains_ext.attribution.sequences import Answer, pack
 from grains_ext.encoding import EncodedPair, encode_pair
 from grains_ext.pairs import PreferencePair
+from grains_ext.timing import relative_to, take_turns
 
 TOKENIZER = word_tokenizer(128)
 # One-token and several-token answers; answers of different lengths; a first token in common.

@@ -1,4 +1,4 @@
-"""Interleaved timing, shared by the benchmarks.
+"""Interleaved timing, for `grains bench` and the benchmarks.
 
 Candidates take turns within a round, so that a machine that speeds up, slows down or does other
 work treats them alike; ratios are taken round by round and reported as median and quartiles.
