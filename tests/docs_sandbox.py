@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import chdir
 from dataclasses import dataclass
@@ -12,15 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import pytest
+import torch
+import yaml
 from PIL import Image
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from typer.testing import CliRunner
 
 from grains_ext import PreferencePair, attribute, cli, load_pairs, save_pairs
+from grains_ext.export import trace
 from tests.exports import exported_llama, random_vectors
 from tests.models import tiny_model, tiny_tokenizer
 from tests.vision_models import tiny_vlm
 
+ROOT = Path(__file__).parent.parent
+# Pages on graphs: they share one trace, in a process of their own.
+GRAPH_PAGES = ("README.md", "docs/attribution-onnx.md", "docs/export.md", "docs/onnx.md")
+GRAPH_PAGES += ("docs/tour.md",)
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -60,8 +71,38 @@ def blocks(page: Path) -> Iterator[Block]:
         )
 
 
+def pages() -> list[str]:
+    """Every page that has an example to run."""
+    found = (ROOT / "README.md", *ROOT.glob("docs/*.md"))
+    return sorted(
+        str(page.relative_to(ROOT))
+        for page in found
+        if any(block.language in ("python", "bash") for block in blocks(page))
+    )
+
+
+def run_page(page: str) -> None:
+    """Runs a page's examples in this folder, in the order in which they stand."""
+    namespace = names(page)
+    for block in blocks(ROOT / page):
+        if block.not_run is not None:
+            continue
+        if block.title is not None:
+            Path(block.title).write_text(block.code, encoding="utf-8")
+        elif block.language == "python":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                run_python(block.code, namespace, ROOT / page, block.line)
+        elif block.language == "bash":
+            run_bash(block.code)
+        elif block.language == "yaml":
+            yaml.safe_load(block.code)
+        elif block.language == "json":
+            json.loads(block.code)
+
+
 def furnish(folder: Path) -> None:
-    """Models, pairs, texts, vectors and graphs under the names that the pages use."""
+    """Models, pairs, texts and vectors under the names that the pages use."""
     model = tiny_model("llama", max_position_embeddings=512)
     tokenizer = tiny_tokenizer(chat_template=CHAT_TEMPLATE)
     for name in ("path/or/hub-id", "model"):
@@ -87,39 +128,78 @@ def furnish(folder: Path) -> None:
     (folder / "neutral.txt").write_text("the sky is blue\nthe grass is green\n")
     for seed, name in enumerate(("truthful", "terse", "faithful", "tuned")):
         random_vectors(strength=0.5 + seed / 10).save_pretrained(folder / name)
-    folder_of_graphs = exported_llama().folder
-    shutil.copy2(folder_of_graphs / "model_unsteered.onnx", folder / "model.onnx")
-    shutil.copy2(folder_of_graphs / "model.onnx.data", folder)
-    (folder / "exported").mkdir()
-    for name in ("model.onnx", "model.onnx.data"):
-        shutil.copy2(folder / name, folder / "exported")
     with chdir(folder):  # results know the name by which their model was loaded
         named = AutoModelForCausalLM.from_pretrained("path/or/hub-id")
         attribute(named, tokenizer, load_pairs("pairs.jsonl"), output_dir="results")
 
 
+def furnish_graphs(folder: Path) -> None:
+    """The unsteered graph of the pages' model, as a file and as another tool's folder."""
+    exported = exported_llama().folder
+    shutil.copy2(exported / "model_unsteered.onnx", folder / "model.onnx")
+    shutil.copy2(exported / "model.onnx.data", folder)
+    (folder / "exported").mkdir()
+    for name in ("model.onnx", "model.onnx.data"):
+        shutil.copy2(folder / name, folder / "exported")
+
+
+def share_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export of the pages' model takes the trace that the tests have: most of its time.
+
+    Steering, verification, quantisation and all files are the export's own.
+    """
+
+    def export_graph(
+        model: PreTrainedModel,
+        path: str | Path,
+        *,
+        opset: int = trace.DEFAULT_OPSET,
+        external_data: bool = False,
+    ) -> None:
+        known = exported_llama()
+        if opset != trace.DEFAULT_OPSET or not _same_weights(model, known.model):
+            trace.export_graph(model, path, opset=opset, external_data=external_data)
+            return
+        graph = onnx.load(known.folder / "model_unsteered.onnx")
+        name = f"{Path(path).name}.data"
+        onnx.save(graph, path, save_as_external_data=external_data, location=name)
+
+    monkeypatch.setattr("grains_ext.export.model.export_graph", export_graph)
+
+
+def _same_weights(one: PreTrainedModel, other: PreTrainedModel) -> bool:
+    mine, theirs = one.state_dict(), other.state_dict()
+    return mine.keys() == theirs.keys() and all(
+        torch.equal(value, theirs[name]) for name, value in mine.items()
+    )
+
+
 def names(page: str) -> dict[str, Any]:
     """What a page's examples take as given; imports that a reader has made by then."""
     import onnxruntime
-    import torch
 
     import grains_ext
 
     if page == "README.md":
         return {}
-    return {
+    model = AutoModelForCausalLM.from_pretrained("path/or/hub-id")
+    if page == "docs/attribution-onnx.md":  # tracing a gradient: a minute for four blocks
+        model = tiny_model("llama", num_hidden_layers=1, max_position_embeddings=512)
+    given = {
         "grains": grains_ext,
         "np": np,
         "torch": torch,
         "onnxruntime": onnxruntime,
-        "model": AutoModelForCausalLM.from_pretrained("path/or/hub-id"),
+        "model": model,
         "tokenizer": AutoTokenizer.from_pretrained("path/or/hub-id"),
         "pairs": grains_ext.load_pairs("pairs.jsonl"),
         "dev_pairs": grains_ext.load_pairs("dev.jsonl"),
         "test_pairs": grains_ext.load_pairs("test.jsonl"),
         "vectors": grains_ext.SteeringVectors.from_pretrained("truthful"),
-        "feeds": graph_inputs(Path("model.onnx"), rows=3),
     }
+    if page == "docs/onnx.md":
+        given["feeds"] = graph_inputs(Path("model.onnx"), rows=3)
+    return given
 
 
 def graph_inputs(graph: Path, *, rows: int, n_tokens: int = 4) -> dict[str, np.ndarray]:

@@ -1,23 +1,13 @@
-"""Every example in the README and the documentation runs, in the order in which it stands."""
+"""Every example in the documentation runs; those on ONNX graphs are test_docs_graphs'."""
 
 import ast
-import json
 import re
 import shutil
-import warnings
 from pathlib import Path
 
 import pytest
-import yaml
 
-from tests.docs_sandbox import blocks, furnish, names, run_bash, run_python
-
-ROOT = Path(__file__).parent.parent
-PAGES = sorted(
-    str(path.relative_to(ROOT))
-    for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))
-    if any(block.language in ("python", "bash") for block in blocks(path))
-)
+from tests.docs_sandbox import GRAPH_PAGES, ROOT, furnish, pages, run_page
 
 
 @pytest.fixture(scope="module")
@@ -28,29 +18,12 @@ def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [page for page in pages() if page not in GRAPH_PAGES])
 def test_the_examples_of_a_page_run(
     page: str, furnished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "page"
-    shutil.copytree(furnished, folder)
-    monkeypatch.chdir(folder)
-    namespace = names(Path(page).name)
-    for block in blocks(ROOT / page):
-        if block.not_run is not None:
-            continue
-        if block.title is not None:
-            Path(block.title).write_text(block.code, encoding="utf-8")
-        elif block.language == "python":
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                run_python(block.code, namespace, ROOT / page, block.line)
-        elif block.language == "bash":
-            run_bash(block.code)
-        elif block.language == "yaml":
-            yaml.safe_load(block.code)
-        elif block.language == "json":
-            json.loads(block.code)
+    monkeypatch.chdir(shutil.copytree(furnished, tmp_path / "page"))
+    run_page(page)
 
 
 def messages() -> str:
