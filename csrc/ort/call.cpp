@@ -5,16 +5,6 @@
 
 namespace grains::ort {
 
-std::int64_t Shape::count() const {
-  std::int64_t count = 1;
-  for (std::size_t i = 0; i < rank; ++i) count *= dims[i];
-  return count;
-}
-
-bool Shape::operator==(const Shape& other) const {
-  return rank == other.rank && std::equal(dims, dims + rank, other.dims);
-}
-
 std::string Shape::text() const {
   std::string text = "[";
   for (std::size_t i = 0; i < rank; ++i) text += (i ? ", " : "") + std::to_string(dims[i]);

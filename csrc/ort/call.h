@@ -2,6 +2,7 @@
 // the registry turns into an OrtStatus at the border.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
@@ -40,10 +41,16 @@ struct Shape {
 
   std::int64_t operator[](std::size_t i) const { return dims[i]; }
   std::int64_t last() const { return dims[rank - 1]; }
-  std::int64_t count() const;
+  std::int64_t count() const {
+    std::int64_t count = 1;
+    for (std::size_t i = 0; i < rank; ++i) count *= dims[i];
+    return count;
+  }
   std::int64_t rows() const { return prefix(rank - 1).count(); }
   Shape prefix(std::size_t length) const { return {dims, length}; }
-  bool operator==(const Shape& other) const;
+  bool operator==(const Shape& other) const {
+    return rank == other.rank && std::equal(dims, dims + rank, other.dims);
+  }
   std::string text() const;
 };
 

@@ -63,8 +63,8 @@ struct Launch {
 
 // `vectors` [D] or [N, D], `strength` [] or [N] (or [1]), `index` of rows.shape[:-1] or
 // rows.shape[:1].
-SteeringArgs steering(Call& call, const Tensor& rows, std::size_t vectors_at,
-                      std::size_t strength_at, std::size_t index_at, float min_relative_norm) {
+void read_steering(Call& call, const Tensor& rows, std::size_t vectors_at, std::size_t strength_at,
+                   std::size_t index_at, float min_relative_norm, SteeringArgs& args) {
   const std::int64_t dim = rows.shape.last();
   const Tensor vectors = call.input(vectors_at);
   const bool is_bank = vectors.shape.rank == 2;
@@ -74,7 +74,6 @@ SteeringArgs steering(Call& call, const Tensor& rows, std::size_t vectors_at,
     wrong_shape(vectors, "[" + size + "] or [N, " + size + "], where " + size +
                              " is the last dimension of " + described(rows));
   }
-  SteeringArgs args;
   args.vectors = vectors.data;
   args.vectors_stride = dim;
   args.bank = is_bank ? vectors.shape[0] : 1;
@@ -94,7 +93,7 @@ SteeringArgs steering(Call& call, const Tensor& rows, std::size_t vectors_at,
       throw InputError("input `index` is missing; with the bank " + described(vectors) +
                        " it is required, to say which vector steers which row");
     }
-    return args;
+    return;
   }
   const Tensor index = call.input(index_at);
   const bool per_row = index.shape == rows.shape.prefix(rows.shape.rank - 1);
@@ -116,7 +115,6 @@ SteeringArgs steering(Call& call, const Tensor& rows, std::size_t vectors_at,
                        ", or -1 for a row that is not steered");
     }
   }
-  return args;
 }
 
 void steer(Call& call) {
@@ -128,12 +126,12 @@ void steer(Call& call) {
   if (hidden.shape.count() == 0) return;
   args.rows = hidden.shape.rows();
   args.dim = args.hidden_stride = args.out_stride = hidden.shape.last();
-  args.steering = steering(call, hidden, 1, 2, 3, call.kernel().epsilon);
+  read_steering(call, hidden, 1, 2, 3, call.kernel().epsilon, args.steering);
   args.dtype = call.dtype();
   Launch<cpu::steer_add_normalize, cuda::steer_add_normalize>::run(call, args);
 }
 
-// The rows that `length` entries of the index, or of no index at all, steer from entry `first` on.
+// The rows that `length` entries of the index steer from entry `first` on.
 SkipNormArgs part_of(SkipNormArgs args, std::int64_t first, std::int64_t length) {
   const std::int64_t row = first * args.steering.rows_per_index;
   const std::int64_t size = args.dtype == DType::kFloat32 ? 4 : 2;
@@ -144,18 +142,19 @@ SkipNormArgs part_of(SkipNormArgs args, std::int64_t first, std::int64_t length)
   args.skip = shifted(args.skip, args.skip_stride);
   args.normed = shifted(args.normed, args.normed_stride);
   args.residual = shifted(args.residual, args.residual_stride);
-  if (args.steering.index != nullptr) {
-    args.steering.index += first;
-    args.rows = length * args.steering.rows_per_index;
-  }
+  args.steering.index += first;
+  args.rows = length * args.steering.rows_per_index;
   return args;
 }
 
 // Rows that are not steered get the bits that onnxruntime's own operator gives them.
 void skip_steer_rms_norm_on_cpu(const SkipNormArgs& args, const Parallel& parallel) {
   if (!has_plain_norm(args)) return cpu::skip_steer_rms_norm(args, parallel);
-  const bool has_index = args.steering.index != nullptr;
-  const std::int64_t entries = has_index ? args.rows / args.steering.rows_per_index : 1;
+  if (args.steering.index == nullptr) {
+    return is_unsteered(args.steering, 0) ? plain_skip_rms_norm(args, parallel)
+                                          : cpu::skip_steer_rms_norm(args, parallel);
+  }
+  const std::int64_t entries = args.rows / args.steering.rows_per_index;
   for (std::int64_t first = 0; first < entries;) {
     const bool plain = is_unsteered(args.steering, first);
     std::int64_t end = first + 1;
@@ -190,7 +189,7 @@ void skip_steer_norm(Call& call, std::size_t bias_at, std::size_t index_at) {
   args.rows = x.shape.rows();
   args.dim = x.shape.last();
   args.x_stride = args.skip_stride = args.normed_stride = args.residual_stride = args.dim;
-  args.steering = steering(call, x, 2, 3, index_at, kMinRelativeNorm);
+  read_steering(call, x, 2, 3, index_at, kMinRelativeNorm, args.steering);
   args.eps = call.kernel().epsilon;
   args.weight_offset = call.kernel().weight_offset;
   args.dtype = call.dtype();
