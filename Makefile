@@ -18,17 +18,19 @@ ORT_OLDEST_DIR := build/onnxruntime-1.20
 OPTIMUM_DIR := build/optimum
 # Tools whose vectors can be read and written ask for an older numpy and transformers: likewise.
 FORMATS_DIR := build/formats
+# The site's tools need nothing of this package's environment: they have their own.
+DOCS_DIR := build/docs-tools
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py
 CXX_FILES := $(shell find csrc examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test test-gpu lint format bench bench-check sdist wheel smoke clean
+.PHONY: help setup demo test test-gpu lint format docs bench bench-check sdist wheel smoke clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make setup | demo | test | test-gpu | lint | format | bench | bench-check | sdist | wheel | clean"
+	@echo "make setup | demo | test | test-gpu | lint | format | docs | bench | bench-check | sdist | wheel | clean"
 
 setup: $(VENV)/.built
 
@@ -66,6 +68,12 @@ $(FORMATS_DIR)/.installed:
 	$(PIP) --no-deps --upgrade --target $(FORMATS_DIR) repeng==0.4.0 steering-vectors==0.12.2
 	touch $@
 
+$(DOCS_DIR)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(DOCS_DIR)
+	$(DOCS_DIR)/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' > $(DOCS_DIR)/requirements.txt
+	$(DOCS_DIR)/bin/python -m pip install -q --disable-pip-version-check -r $(DOCS_DIR)/requirements.txt
+	touch $@
+
 demo: setup
 	$(BIN)/grains demo
 
@@ -85,6 +93,12 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
+
+# The site in build/site. A broken link, an unknown name or a docstring that cannot be read fails.
+docs: $(DOCS_DIR)/.installed
+	PYTHONPATH=. PATH="$(abspath $(DOCS_DIR))/bin:$$PATH" zensical build --clean --strict > build/docs.log 2>&1 \
+		|| { cat build/docs.log; exit 1; }
+	! grep -E '^(griffe|mkdocstrings)' build/docs.log
 
 bench: setup
 	$(BIN)/python -m benchmarks.kernels
