@@ -163,8 +163,9 @@ class Measurement:
                     for row in rows
                 ]
                 results[name] = TaskResult(tuple(chosen), choice_statistics(chosen))
+        margins = ("margin", "margin_per_token")
         outcomes = [
-            Outcome(**{key: _number(row[key]) if "margin" in key else row[key] for key in row})
+            Outcome(**{**row, **{name: _number(row[name]) for name in margins}})
             for row in plain["outcomes"]
         ]
         texts = [TextOutcome(**row) for row in plain["texts"]]
@@ -191,9 +192,11 @@ class EvaluationReport:
 
     conditions: by name; the first is "unsteered", and one steering that was given without a name is
         "steered".
+    pairs: what was asked, in the order of the outcomes.
     """
 
     conditions: dict[str, Measurement]
+    pairs: tuple[PreferencePair, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def unsteered(self) -> Measurement:
@@ -235,7 +238,13 @@ class EvaluationReport:
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON: every condition, and its changes against the unsteered one."""
         return {
+            "format": "grains.evaluation",
+            "version": 1,
             "n_pairs": len(self.unsteered.outcomes),
+            "pairs": [
+                {name: getattr(pair, name) for name in ("id", "prompt", "chosen", "rejected")}
+                for pair in self.pairs
+            ],
             "conditions": {name: each.as_dict() for name, each in self.conditions.items()},
             "changes": {
                 condition: {
@@ -353,7 +362,7 @@ def evaluate(
                 max_batch_tokens=max_batch_tokens,
                 on_part=partial(bar.advance, bar_task),
             )
-    return EvaluationReport(conditions)
+    return EvaluationReport(conditions, tuple(pairs))
 
 
 def measure(

@@ -1,5 +1,6 @@
-"""Reports for people: one self-contained HTML page from attributions and results."""
+"""Reports for people: one self-contained HTML page from runs, attributions and results."""
 
-from grains_ext.report.html import Generation, MethodRow, write_report
+from grains_ext.report.html import report, write_report
+from grains_ext.report.parts import Generation, MethodRow, Parts
 
-__all__ = ["Generation", "MethodRow", "write_report"]
+__all__ = ["Generation", "MethodRow", "Parts", "report", "write_report"]

@@ -72,7 +72,7 @@ def figure(attribution: Attribution, images: Sequence[Any] | None = None) -> dic
 
 def _render(name: str, attribution: Attribution, images: Sequence[Any] | None) -> str:
     return template(name).render(
-        item=figure(attribution, images), directions=view.directions([attribution])
+        item=figure(attribution, images), signs=view.directions([attribution])
     )
 
 
@@ -101,6 +101,7 @@ def _picture(picture: view.Picture, source: Any, grid: ImageGrid) -> dict[str, A
         label += f"; tokens that stand for no pixels: {picture.without_pixels:+.3f}"
     return {
         "label": label,
+        "number": picture.number,
         "width": width,
         "height": height,
         "coarse": max(width, height) <= _COARSE,
@@ -136,5 +137,5 @@ def _data_uri(source: Any, grid: ImageGrid) -> str:
     kind = "png" if max(picture.size) <= _COARSE else "jpeg"
     picture.thumbnail((_MAX_SIDE, _MAX_SIDE))
     content = BytesIO()
-    picture.convert("RGB").save(content, kind, quality=85)
+    picture.save(content, kind, quality=85)
     return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"

@@ -51,14 +51,14 @@ def vectors_fragment(vectors: SteeringVectors) -> str:
 def block_rows(vectors: SteeringVectors) -> list[BlockRow]:
     """The table's lines, in the blocks' order."""
     metadata = vectors.metadata
-    hidden = _mapping(metadata, "hidden_norms")
-    halves = _mapping(metadata, "split_half_cosine")
-    turned = _mapping(_mapping(metadata, "refine"), "cosine_with_start")
+    hidden = mapping(metadata, "hidden_norms")
+    halves = mapping(metadata, "split_half_cosine")
+    turned = mapping(mapping(metadata, "refine"), "cosine_with_start")
     norms = {block: float(v.norm()) for block, v in vectors.directions.items()}
     longest = max(norms.values()) or 1.0
     rows = []
     for block, norm in norms.items():
-        mean = _number(hidden.get(str(block)))
+        mean = number(hidden.get(str(block)))
         rows.append(
             BlockRow(
                 block=block,
@@ -76,8 +76,8 @@ def block_rows(vectors: SteeringVectors) -> list[BlockRow]:
 def how_made(vectors: SteeringVectors) -> dict[str, str]:
     """What the metadata and the settings say, in words."""
     metadata, gate = vectors.metadata, vectors.gate
-    tuning, refine = _mapping(metadata, "tuning"), _mapping(metadata, "refine")
-    versions = _mapping(metadata, "versions")
+    tuning, refine = mapping(metadata, "tuning"), mapping(metadata, "refine")
+    versions = mapping(metadata, "versions")
     facts = {
         "model": metadata.get("base_model"),
         "method": _method(metadata),
@@ -123,10 +123,10 @@ def _refined(refine: Mapping[str, Any]) -> str:
 
 
 def _tuned(tuning: Mapping[str, Any]) -> str:
-    chosen, before = _mapping(tuning, "chosen"), _mapping(tuning, "unsteered")
-    after = _number(chosen.get("accuracy"))
-    start = _number(before.get("accuracy"))
-    ratio = _number(chosen.get("perplexity_ratio"))
+    chosen, before = mapping(tuning, "chosen"), mapping(tuning, "unsteered")
+    after = number(chosen.get("accuracy"))
+    start = number(before.get("accuracy"))
+    ratio = number(chosen.get("perplexity_ratio"))
     words = []
     if after is not None:
         known = "" if start is None else f"{100 * start:.1f} % → "
@@ -136,12 +136,12 @@ def _tuned(tuning: Mapping[str, Any]) -> str:
     return ", ".join(words)
 
 
-def _mapping(of: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def mapping(of: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     value = of.get(name)
     return value if isinstance(value, Mapping) else {}
 
 
-def _number(value: Any) -> float | None:
+def number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -152,5 +152,5 @@ def _number(value: Any) -> float | None:
 
 
 def _cosine(value: Any) -> str:
-    number = _number(value)
-    return "" if number is None else f"{number:+.2f}"
+    cosine = number(value)
+    return "" if cosine is None else f"{cosine:+.2f}"

@@ -1,0 +1,79 @@
+"""A folder that `export_model` wrote, as a page shows it: what it is, and how far from torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from grains_ext.report.parts import Exported, ParityRow, Parts, RateRow
+
+
+def exported(record: Mapping[str, Any], folder: Path, title: str) -> Parts:
+    """record: the folder's grains_export.json.
+
+    Raises KeyError, TypeError or ValueError where something is missing or of another kind.
+    """
+    parity = record["parity"]
+    operators = Counter(entry["op_type"] for entry in record["steered"])
+    blocks = sorted({entry["block"] for entry in record["steered"]})
+    size = sum(path.stat().st_size for path in folder.glob("model.onnx*"))
+    facts: dict[str, object] = {
+        "model type": record["model_type"],
+        "float type": record["dtype"],
+        "weights": record["quantize"] or "not quantised",
+        "steered blocks": ", ".join(map(str, blocks)),
+        "strength": f"{record['strength']:g}",
+        "operators": ", ".join(f"{n} {name}" for name, n in operators.items()),
+        "opset": record["opset"],
+    }
+    if size:
+        facts["graph and weights"] = f"{size / 1e6:,.1f} MB"
+    if parity is None:
+        facts["verified"] = "no: it was exported with --no-verify"
+        return Parts(exported=(Exported(title, facts),))
+    facts["verified over"] = f"prefill and {parity['steps']} cached steps"
+    if parity["fused_nodes"]:
+        facts["run by the op library"] = ", ".join(
+            f"{n} {name}" for name, n in parity["fused_nodes"].items()
+        )
+    return Parts(exported=(Exported(title, facts, _parity_rows(parity)),))
+
+
+def _parity_rows(parity: Mapping[str, Any]) -> tuple[ParityRow, ...]:
+    rows = [_row("stock onnxruntime, against torch", parity["stock"])]
+    if parity["library"] is not None:
+        rows.append(_row("with the op library, against torch", parity["library"]))
+    quantized = parity["quantization"]
+    if quantized is not None:
+        rows += [
+            _row("quantised, unsteered, against torch", quantized["weights"]),
+            _row("quantised, steered, against steered torch", quantized["steered"]),
+            _row("quantised at strength 0, against unsteered", quantized["strength_zero"]),
+            _row("quantised, with the op library against without", quantized["runtimes"]),
+        ]
+    return tuple(rows)
+
+
+def _row(name: str, runtime: Mapping[str, Any]) -> ParityRow:
+    return ParityRow(
+        name, float(runtime["prefill"]), float(runtime["decode"]), float(runtime["relative"])
+    )
+
+
+def rate_rows(rates: Mapping[str, Any]) -> tuple[RateRow, ...]:
+    """Of {name: {"tokens_per_second": {median, low, high}, "relative_to_unsteered": ...}}."""
+    rows = []
+    for name, rate in rates.items():
+        speed, ratio = rate["tokens_per_second"], rate["relative_to_unsteered"]
+        rows.append(
+            RateRow(
+                name,
+                float(speed["median"]),
+                (float(speed["low"]), float(speed["high"])),
+                float(ratio["median"]),
+                (float(ratio["low"]), float(ratio["high"])),
+            )
+        )
+    return tuple(rows)
