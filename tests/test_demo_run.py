@@ -49,11 +49,12 @@ def test_demo_compares_all_methods_by_the_same_rules(
     assert unsteered["draws"][0]["accuracy"] <= 0.1
     assert [method["name"] for method in methods] == [
         compare.OURS,
+        compare.REFINED,
         "CAA",
         "random tokens",
         "random direction",
     ]
-    for method, n_variants in zip(methods, (3, 1, 3, 1), strict=True):
+    for method, n_variants in zip(methods, (3, 1, 1, 3, 1), strict=True):
         for draw in method["draws"]:
             assert len(draw["tuning"]) == n_variants
             for tuning in draw["tuning"]:

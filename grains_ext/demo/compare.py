@@ -20,10 +20,12 @@ from grains_ext.steering import (
     fit_caa,
     fit_random_direction,
     fit_random_tokens,
+    refine,
     tune,
 )
 
 OURS = "GrAInS (ours)"
+REFINED = "GrAInS, refined"
 MAX_PERPLEXITY_RATIO = 1.1
 # fit's three ways to use the two masked shifts. Tuning chooses, for ours as for random tokens.
 SIGNS: dict[Literal["both", "positive", "negative"], str] = {
@@ -47,6 +49,8 @@ class Sizes:
     """Each random baseline is fitted, tuned and tested this often: one draw would be luck."""
     strengths: tuple[float, ...] | None = None
     """What tuning tries; None for tune's own grid."""
+    refine_steps: int = 40
+    """Gradient steps on the direction that did best."""
     speed_tokens: int = 64
     speed_rounds: int = 25
 
@@ -58,6 +62,7 @@ QUICK = Sizes(
     stories=12,
     random_draws=1,
     strengths=(0.3, 0.65),
+    refine_steps=5,
     speed_tokens=8,
     speed_rounds=2,
 )
@@ -224,6 +229,29 @@ def tuned(
     chosen = [vectors.metadata["tuning"]["chosen"] for vectors in results]
     ranks = [(trial["accuracy"], trial["mean_margin"]) for trial in chosen]
     return Tuned(results[ranks.index(max(ranks))], results)
+
+
+def refined(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    data: Data,
+    start: SteeringVectors,
+    *,
+    steps: int,
+    strengths: Sequence[float] | None = None,
+) -> Tuned:
+    """Gradient steps on directions that were tuned, on the pairs they are of; then tuned again."""
+    better = refine(
+        model,
+        tokenizer,
+        data.fit_pairs,
+        start,
+        dev_pairs=data.dev_pairs,
+        neutral_texts=data.dev_stories,
+        steps=steps,
+        progress=False,
+    )
+    return tuned(model, tokenizer, data, [better], strengths=strengths)
 
 
 def judged(

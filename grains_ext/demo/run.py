@@ -95,11 +95,11 @@ class _Demo:
         shown = self._attribute_shown()
         candidates = self._fit()
         unsteered, methods = self._compare(candidates)
-        ours = methods[0].draws[0].tuned
-        assert ours is not None
-        ours.best.save_pretrained(self.folder / "vectors")
-        generations = self._generate(ours.best)
-        exported = self._export(ours.best)
+        refined = methods[1].draws[0].tuned
+        assert refined is not None
+        refined.best.save_pretrained(self.folder / "vectors")
+        generations = self._generate(refined.best)
+        exported = self._export(refined.best)
         everything = [unsteered, *methods]
         reference = unsteered.draws[0].perplexity
         versions = {
@@ -174,7 +174,7 @@ class _Demo:
     def _compare(
         self, candidates: dict[str, list[list[SteeringVectors]]]
     ) -> tuple[compare.MethodResult, list[compare.MethodResult]]:
-        """The unsteered model, and the methods, ours first."""
+        """The unsteered model, and the methods: ours, ours refined, the others."""
         show.heading(self.console, "3. Held out: other entities, other cue words")
         arguments = (self.model, self.tokenizer, self.data)
         with self._step("unsteered"):
@@ -188,6 +188,8 @@ class _Demo:
                 ]
                 draws = [compare.judged(*arguments, chosen) for chosen in tuned]
             methods.append(compare.MethodResult(name, draws))
+            if name == compare.OURS:
+                methods.append(self._refine(tuned[0].best))
         reference = unsteered.draws[0].perplexity
         rows = [method.row(reference) for method in (unsteered, *methods)]
         self.console.print(show.comparison(rows))
@@ -200,10 +202,23 @@ class _Demo:
             f"Every method has one block and a strength, tuned on the same {self.sizes.dev_pairs} "
             f"pairs with perplexity on stories within {compare.MAX_PERPLEXITY_RATIO} times the "
             "unsteered; ours and random tokens also which of the masked shifts v+ and v- to use "
-            f"(ours on those pairs: {variants}). Draws are pooled in their row.",
+            f"(ours on those pairs: {variants}). Refined: {self.sizes.refine_steps} gradient steps "
+            "on the direction above it, then tuned again; no weight changes. Draws are pooled in "
+            "their row.",
             highlight=False,
         )
         return unsteered, methods
+
+    def _refine(self, start: SteeringVectors) -> compare.MethodResult:
+        arguments = (self.model, self.tokenizer, self.data)
+        with self._step(f"refining, tuning and testing {compare.REFINED}"):
+            tuned = compare.refined(
+                *arguments,
+                start,
+                steps=self.sizes.refine_steps,
+                strengths=self.sizes.strengths,
+            )
+            return compare.MethodResult(compare.REFINED, [compare.judged(*arguments, tuned)])
 
     def _generate(self, vectors: SteeringVectors) -> list[Generation]:
         show.heading(self.console, "4. Before and after")
