@@ -101,7 +101,9 @@ def load_pairs(
         except ValueError as error:
             problem = f"{name}, {where}: {error}"
             if not skip_bad:
-                raise ValueError(f"{problem} (skip_bad=True leaves bad rows out)") from error
+                raise ValueError(
+                    f"{problem} (skip_bad=True, --skip-bad, leaves bad rows out)"
+                ) from error
             problems.append(problem)
     if problems:
         total = len(pairs) + len(problems)

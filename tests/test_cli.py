@@ -1,6 +1,11 @@
 """The ``grains`` command on a small model: each step's output is the next one's input."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -8,10 +13,12 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import torch
 from PIL import Image
+from typer.main import get_command
 from typer.testing import CliRunner
 
-from grains_ext import PreferencePair, SteeringVectors, cli, save_pairs
+from grains_ext import PreferencePair, SteeringVectors, bench, cli, save_pairs
 from grains_ext.attribution import AttributionStore, attribute, load_attributions, settings
+from grains_ext.cli import bench as bench_command
 from grains_ext.cli.attribute import attribute as attribute_command
 from tests.attributions import attribution
 from tests.models import N_BLOCKS, tiny_model, tiny_tokenizer
@@ -187,7 +194,7 @@ def test_attribute_reads_pairs_with_images(tmp_path: Path) -> None:
     assert without.images == ()
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == 1
-    assert page.count('class="patch ') == len(grid.token_positions)
+    assert page.count('<span class="patch') == len(grid.token_positions)
 
 
 def test_fit_tune_and_evaluate_hand_their_results_on(folder: Path) -> None:
@@ -315,7 +322,7 @@ def test_quiet_prints_nothing(folder: Path, tmp_path: Path) -> None:
 
 
 def test_debug_shows_the_traceback(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = ["grains", "fit", str(folder / "model"), "no-such-file.jsonl", "-o", "x"]
+    arguments = ["grains", "fit", "./no-model", str(folder / "pairs.jsonl"), "-o", "x"]
     monkeypatch.setattr("sys.argv", [*arguments, "--debug"])
     with pytest.raises(FileNotFoundError):
         cli.main()
@@ -369,5 +376,211 @@ def test_a_missing_text_file_is_said_before_a_model_is_loaded(folder: Path) -> N
         *("tune", "no-such-model", pairs, folder / "fitted", "-o", folder / "never"),
         *("--neutral", missing),
     )
-    assert isinstance(result.exception, FileNotFoundError)
-    assert "nosuch.txt" in str(result.exception)
+    assert result.exit_code == 2
+    assert "nosuch.txt" in result.output
+
+
+def one_message(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
+    """Exit code and standard error of the command as a shell runs it, on one line."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["grains", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    message = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "Traceback" not in message
+    assert isinstance(stop.value.code, int)
+    return stop.value.code, message
+
+
+def test_what_is_no_model_is_said_with_what_it_is(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged, bare = tmp_path / "damaged", tmp_path / "bare"
+    shutil.copytree(folder / "model", damaged)
+    (damaged / "model.safetensors").write_bytes(b"1234")
+    bare.mkdir()
+    (bare / "notes.txt").write_text("")
+    for model, said in {
+        damaged: "are damaged or cut short",
+        bare: "has a config.json, this one holds notes.txt",
+        folder / "pairs.jsonl": "is a file; a model is a folder",
+        "./nosuch": "no model folder './nosuch'",
+        "a/b/c": "as a hub id it would be owner/name",
+    }.items():
+        code, message = one_message(
+            capsys, "fit", model, folder / "pairs.jsonl", "-o", tmp_path / "out"
+        )
+        assert (code, said in message) == (1, True), message
+    (damaged / "tokenizer.json").unlink()
+    _, message = one_message(capsys, "fit", damaged, folder / "pairs.jsonl", "-o", tmp_path / "out")
+    assert "has no tokenizer that can be loaded" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_device_that_is_not_there_is_said_before_loading(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("fit", folder / "model", folder / "pairs.jsonl", "-o", tmp_path / "out", "--device")
+    assert "'gpu' is no device" in one_message(capsys, *command, "gpu")[1]
+    n_devices = torch.cuda.device_count()
+    code, message = one_message(capsys, *command, f"cuda:{n_devices}")
+    assert code == 1
+    assert f"sees {n_devices} GPUs" in message
+
+
+def test_an_output_that_cannot_be_written_is_said_before_the_work(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file" / "vectors"):
+        code, message = one_message(
+            capsys, "fit", "no-such-model", folder / "pairs.jsonl", "-o", output
+        )
+        assert code == 2
+        assert "file" in message
+
+
+def test_failures_of_all_kinds_are_one_message(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Refused(Exception):
+        """As the runtimes' own exceptions are: of no common base."""
+
+    for error, said in (
+        (FileNotFoundError(2, "No such file", "a.txt"), "error: a.txt: No such file"),
+        (KeyError("no block 3"), "error: no block 3"),
+        (Refused("bad graph"), "error: bad graph"),
+        (MemoryError(), "error: MemoryError"),
+    ):
+        monkeypatch.setattr("grains_ext.info.collect", raising(error))
+        assert one_message(capsys, "info") == (1, said)
+    monkeypatch.setattr("grains_ext.info.collect", raising(AttributeError("a defect")))
+    monkeypatch.setattr("sys.argv", ["grains", "info"])
+    with pytest.raises(AttributeError):
+        cli.main()
+
+
+def raising(error: BaseException) -> Callable[..., None]:
+    def called(*arguments: object, **settings: object) -> None:
+        raise error
+
+    return called
+
+
+def test_a_fit_that_is_stopped_goes_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("fit", folder / "model", folder / "pairs.jsonl", "--k", 2, "-o")
+    with monkeypatch.context() as patch:
+        patch.setattr("grains_ext.attribution.attribute", raising(KeyboardInterrupt()))
+        result = grains(*command, tmp_path / "vectors")
+    assert result.exit_code == 130
+    assert "run the same command again to go on" in " ".join(result.output.split())
+
+    started = (
+        *("attribute", folder / "model", folder / "pairs.jsonl", "--max-batch-tokens", 4096),
+        *("--limit", 2, "-o", tmp_path / "again" / "attributions"),
+    )
+    assert grains(*started).exit_code == 0
+    assert grains(*command, tmp_path / "again").exit_code == 0
+    assert not (tmp_path / "again" / "attributions").exists()
+    assert grains(*command, tmp_path / "whole").exit_code == 0
+    one, other = (SteeringVectors.from_pretrained(tmp_path / n) for n in ("again", "whole"))
+    assert one.directions[0].equal(other.directions[0])
+
+
+def test_bench_times_what_it_is_asked(folder: Path, tmp_path: Path) -> None:
+    assert set(bench_command._PARTS) == set(bench.PARTS)
+    result = grains(
+        *("bench", folder / "model", "--pairs", folder / "pairs.jsonl", "--rounds", 2),
+        *("--parts", "op,decode,attribution", "--json", "-o", tmp_path / "bench.json"),
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert json.loads((tmp_path / "bench.json").read_text()) == found
+    assert [part["name"] for part in found["parts"]] == ["op", "op", "decode", "attribution"]
+    assert found["model"]["steered_blocks"] == list(range(N_BLOCKS))
+    for part in found["parts"]:
+        by_name = {each["name"]: each for each in part["measured"]}
+        assert by_name[part["baseline"]]["ratio"]["median"] == 1
+        assert all(each["seconds"]["median"] > 0 for each in part["measured"])
+    assert grains("bench", "--parts", "decode,gpu").exit_code == 2
+
+
+def test_an_export_is_of_steering_or_of_attribution(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: dict[str, Any] = {}
+
+    def export_attribution(model: Any, tokenizer: Any, path: Path, **settings: Any) -> None:
+        called.update(settings, path=path)
+
+    monkeypatch.setattr("grains_ext.export.export_attribution", export_attribution)
+    model, graph = folder / "model", tmp_path / "attribution.onnx"
+    result = grains("export", model, "--attribution", "-o", graph, "--n-steps", 7, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) == {"output": str(graph), "verified": True}
+    assert called == {
+        "path": graph,
+        "baseline": "bos",
+        "method": "gausslegendre",
+        "n_steps": 7,
+        "verify": True,
+    }
+    for wrong in (
+        ("export", model, "-o", tmp_path / "x"),
+        ("export", model, "vectors", "-o", tmp_path / "x", "--n-steps", 7),
+        ("export", model, "vectors", "-o", graph, "--attribution"),
+        ("export", model, "-o", graph, "--attribution", "--quantize", "int8"),
+        ("export", model, "-o", tmp_path, "--attribution"),
+    ):
+        assert grains(*wrong).exit_code == 2, wrong
+
+
+@pytest.mark.parametrize("name", sorted(get_command(cli.app).commands))  # type: ignore[attr-defined]
+def test_every_help_has_an_example_and_the_shared_options(name: str) -> None:
+    result = grains(name, "--help")
+    assert result.exit_code == 0
+    assert f"Example: grains {name} " in " ".join(result.output.split())
+    assert "--debug" in result.output
+
+
+def in_a_new_process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_help_loads_nothing_that_takes_time() -> None:
+    code = (
+        "import sys, contextlib, io\n"
+        "sys.argv = ['grains', sys.argv[1], '--help']\n"
+        "from grains_ext.cli import main\n"
+        "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()): main()\n"
+        "heavy = {'torch', 'transformers', 'onnx', 'onnxruntime', 'numpy', 'scipy', 'yaml',"
+        " 'jinja2', 'PIL', 'safetensors', 'huggingface_hub'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    result = in_a_new_process("-c", code, "fit")
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_shells_complete_commands_and_choices() -> None:
+    def completed(words: str, count: int) -> list[str]:
+        result = in_a_new_process(
+            "-c",
+            "import sys; sys.argv = ['grains']; from grains_ext.cli import app; "
+            "app(prog_name='grains')",
+            _GRAINS_COMPLETE="complete_bash",
+            COMP_WORDS=words,
+            COMP_CWORD=str(count),
+        )
+        return result.stdout.split()
+
+    assert completed("grains ev", 1) == ["evaluate"]
+    assert completed("grains fit --sel", 2) == ["--select"]
+    assert "stable" in completed("grains fit --select ", 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from typer.testing import CliRunner
 
-from grains_ext import cli, export
+from grains_ext import bench, cli, export
 from grains_ext.export.generate import Sampler
 from grains_ext.export.text import TextGenerator, _TextStream, load_tokenizer
 from grains_ext.export.tokenizing import FileTokenizer, TokenizerSettings
@@ -210,3 +211,24 @@ def test_neither_torch_nor_transformers_is_imported() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_bench_times_the_steered_graph_beside_the_unsteered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = exported_llama()
+
+    def export_model(model: Any, tokenizer: Any, vectors: Any, folder: Path, **_: Any) -> None:
+        shutil.copytree(made.folder, folder)
+
+    monkeypatch.setattr("grains_ext.export.export_model", export_model)
+    result = bench.bench(
+        made.model, made.tokenizer, vectors=made.vectors, parts=["onnx"], budget=bench.Budget(2)
+    )
+    [part] = result["parts"]
+    assert {each["name"] for each in part["measured"]} == {
+        "unsteered",
+        "unsteered again (noise)",
+        "steered, op library",
+        "steered, stock onnxruntime",
+    }

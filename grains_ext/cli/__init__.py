@@ -7,6 +7,7 @@ Heavy imports stay inside the commands, so that ``grains --help`` answers at onc
 from grains_ext.cli import (  # noqa: F401 (importing a command registers it)
     adapter,
     attribute,
+    bench,
     convert,
     demo,
     evaluate,
@@ -16,6 +17,7 @@ from grains_ext.cli import (  # noqa: F401 (importing a command registers it)
     info,
     inject,
     refine,
+    report,
     tune,
 )
 from grains_ext.cli.app import app, main

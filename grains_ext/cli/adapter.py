@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from grains_ext.cli.app import command
-from grains_ext.cli.options import Strength
+from grains_ext.cli.options import Strength, writable
 from grains_ext.cli.output import say
 
 
@@ -17,10 +17,23 @@ def adapter(
         typer.Argument(metavar="VECTORS...", help="As for the graph: one, or a bank of several."),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="The .onnx_adapter file to write.")
+        Path,
+        typer.Option(
+            *("--output", "-o"),
+            dir_okay=False,
+            callback=writable,
+            help="The .onnx_adapter file to write.",
+        ),
     ],
     graph: Annotated[
-        Path, typer.Option("--for", metavar="STEERED.onnx", help="The steered graph it is for.")
+        Path,
+        typer.Option(
+            "--for",
+            metavar="STEERED.onnx",
+            exists=True,
+            dir_okay=False,
+            help="The steered graph it is for.",
+        ),
     ],
     strength: Strength = None,
 ) -> None:

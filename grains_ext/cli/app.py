@@ -17,7 +17,7 @@ from grains_ext.cli.output import err, say
 # As they are used one after the other, not by letter.
 _ORDER = (
     *("demo", "info", "attribute", "fit", "refine", "tune", "evaluate", "report", "convert"),
-    *("export", "generate", "inject", "adapter"),
+    *("export", "generate", "inject", "adapter", "bench"),
 )
 
 
@@ -34,8 +34,8 @@ app = typer.Typer(
     help="Find what pushes a model toward an answer, steer it, and ship the steered model.",
 )
 
-# A user's mistakes and the machine's refusals; anything else is a defect and shows its traceback.
-_FAILURES = (ValueError, TypeError, KeyError, OSError, RuntimeError, ImportError)
+# What no input should be able to cause shows its traceback; all else is one message.
+_DEFECTS = (AssertionError, AttributeError, IndexError, NameError)
 
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -90,9 +90,9 @@ def command(
             except KeyboardInterrupt:
                 say(on_interrupt.format(output=parameters.get("output")))
                 raise typer.Exit(130) from None
-            except _FAILURES as error:
+            except Exception as error:
                 # Where the function is called by other code than main, it gets the error itself.
-                error.grains_debug = debug  # type: ignore[union-attr]
+                error.grains_debug = debug  # type: ignore[attr-defined]
                 raise
             if isinstance(parameters.get("output"), Path) and not parameters.get("dry_run"):
                 config.write(str(context.info_name), parameters)
@@ -127,9 +127,17 @@ def main() -> None:
     """Entry point: a user's mistake prints one message; --debug shows the traceback."""
     try:
         app()
-    except _FAILURES as error:
-        if getattr(error, "grains_debug", False):
+    except Exception as error:
+        if getattr(error, "grains_debug", False) or isinstance(error, _DEFECTS):
             raise
         err.quiet = False
-        err.print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
+        err.print(f"[red]error:[/red] {escape(_said(error))}", highlight=False)
         sys.exit(1)
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, KeyError) and error.args:
+        return str(error.args[0])  # its own text is in quotes
+    return str(error) or type(error).__name__

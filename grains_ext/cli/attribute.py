@@ -18,6 +18,7 @@ from grains_ext.cli.options import (
     parse_modalities,
     parse_shard,
     parse_span,
+    writable,
 )
 from grains_ext.cli.output import print_json, quiet, say
 
@@ -43,7 +44,13 @@ def attribute(
     ],
     pairs: Pairs,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="The folder that results stream to.")
+        Path,
+        typer.Option(
+            *("--output", "-o"),
+            file_okay=False,
+            callback=writable,
+            help="The folder that results stream to.",
+        ),
     ],
     method: Annotated[
         Literal[
@@ -109,7 +116,12 @@ def attribute(
         ),
     ] = None,
     html: Annotated[
-        Path | None, typer.Option(help=f"Also write a page with the first {_N_SHOWN} pairs.")
+        Path | None,
+        typer.Option(
+            dir_okay=False,
+            callback=writable,
+            help=f"Also write a page with the first {_N_SHOWN} pairs.",
+        ),
     ] = None,
     as_json: Json = False,
     skip_bad: SkipBad = False,

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from grains_ext.cli.app import command
-from grains_ext.cli.options import parse_blocks
+from grains_ext.cli.options import parse_blocks, writable
 from grains_ext.cli.output import say
 
 _Format = Literal["grains", "gguf", "svec", "lm-eval", "steering-vectors"]
@@ -18,7 +18,8 @@ def convert(
         str, typer.Argument(metavar="FROM", help="A file of another tool, or our folder or hub id.")
     ],
     output: Annotated[
-        Path, typer.Argument(metavar="TO", help="The file, or our folder, to write.")
+        Path,
+        typer.Argument(metavar="TO", callback=writable, help="The file, or our folder, to write."),
     ],
     read_as: Annotated[
         _Format | None, typer.Option("--from", help="By default told from the file's name.")
@@ -53,6 +54,7 @@ def convert(
     vectors = read_vectors(source, read_as, **({"layer_shift": layer_shift} if layer_shift else {}))
     if blocks is not None:
         vectors = vectors.subset(blocks)
+    output.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         write_vectors(

@@ -6,14 +6,20 @@ from typing import Annotated
 import typer
 
 from grains_ext.cli.app import command
-from grains_ext.cli.options import Json
+from grains_ext.cli.options import Json, writable
 from grains_ext.cli.output import err, out, print_json
 
 
-@command()
+@command(on_interrupt="stopped; {output} is as it was before")
 def demo(
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="The folder to write everything to.")
+        Path,
+        typer.Option(
+            *("--output", "-o"),
+            file_okay=False,
+            callback=writable,
+            help="The folder to write everything to.",
+        ),
     ] = Path("demo-output"),
     seed: Annotated[int, typer.Option(help="Seeds the choice of pairs and every random draw.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer pairs and trials.")] = False,

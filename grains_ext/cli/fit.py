@@ -22,7 +22,10 @@ from grains_ext.cli.options import (
 from grains_ext.cli.output import quiet, say
 
 
-@command()
+@command(
+    on_interrupt="stopped: the pairs that are attributed are in {output}; run the same command "
+    "again to go on"
+)
 def fit(
     model: Model,
     pairs: Pairs,
@@ -67,7 +70,11 @@ def fit(
     ] = "mean",
     attributions: Annotated[
         Path | None,
-        typer.Option(help="The folder that 'grains attribute' wrote for these pairs."),
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            help="The folder that 'grains attribute' wrote for these pairs.",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of --select random.")] = 0,
     skip_bad: SkipBad = False,
@@ -79,6 +86,9 @@ def fit(
 
     Example: [bold]grains fit ./model pairs.jsonl -o truthful/ --k 10[/bold]
     """
+    import shutil
+
+    from grains_ext.attribution import attribute
     from grains_ext.pairs import load_pairs
     from grains_ext.steering import FitSettings
     from grains_ext.steering import fit as run
@@ -98,6 +108,20 @@ def fit(
     )
     loaded_pairs = load_pairs(pairs, skip_bad=skip_bad)
     loaded_model, processor = load_model(model, dtype, device, trust_remote_code)
+    computed = None
+    if attributions is None and select not in ("random", "stable"):
+        # On disk while the run lasts, so that one that is stopped goes on.
+        attributions = computed = output / "attributions"
+        attribute(
+            loaded_model,
+            processor,
+            loaded_pairs,
+            baseline=baseline,
+            image_baseline=image_baseline,
+            max_batch_tokens=settings.max_batch_tokens,
+            output_dir=computed,
+            progress=not quiet(),
+        )
     vectors = run(
         loaded_model,
         processor,
@@ -107,4 +131,6 @@ def fit(
         progress=not quiet(),
     )
     vectors.save_pretrained(output)
+    if computed is not None:
+        shutil.rmtree(computed)
     say(f"{len(vectors.directions)} directions: {output}")

@@ -15,6 +15,7 @@ from grains_ext.cli.options import (
     Json,
     Strength,
     parse_blocks,
+    writable,
 )
 from grains_ext.cli.output import out, print_json, say
 
@@ -23,7 +24,11 @@ from grains_ext.cli.output import out, print_json, say
 def inject(
     model: Annotated[
         Path,
-        typer.Argument(metavar="MODEL.onnx", help="A decoder's ONNX graph, or a folder of graphs."),
+        typer.Argument(
+            metavar="MODEL.onnx",
+            exists=True,
+            help="A decoder's ONNX graph, or a folder of graphs.",
+        ),
     ],
     vectors: Annotated[
         list[str] | None,
@@ -34,7 +39,10 @@ def inject(
         ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The ONNX file, or folder, to write.")
+        Path | None,
+        typer.Option(
+            *("--output", "-o"), callback=writable, help="The ONNX file, or folder, to write."
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Write nothing; show what would be steered, and how.")

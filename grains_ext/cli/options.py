@@ -1,5 +1,6 @@
 """The arguments and options that commands share, and the parsers of their values."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,14 +8,33 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+
+def writable(path: Path | None) -> Path | None:
+    """Said before the work, not after it: a path that cannot be written."""
+    if path is None:
+        return None
+    there = next(p for p in (path, *path.absolute().parents) if os.path.exists(p))
+    if there != path and not there.is_dir():
+        raise typer.BadParameter(f"{path}: '{there}' is a file, not a folder")
+    if not os.access(there, os.W_OK):
+        raise typer.BadParameter(f"{path} cannot be written: no permission in '{there}'")
+    return path
+
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or hub id.")]
 Pairs = Annotated[
-    Path, typer.Argument(metavar="PAIRS", help="JSONL, CSV or Parquet with preference pairs.")
+    Path,
+    typer.Argument(
+        metavar="PAIRS", exists=True, help="JSONL, CSV or Parquet with preference pairs."
+    ),
 ]
 Vectors = Annotated[
     str, typer.Argument(metavar="VECTORS", help="A folder or hub id with steering.safetensors.")
 ]
-OutputFolder = Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")]
+OutputFolder = Annotated[
+    Path,
+    typer.Option("--output", "-o", file_okay=False, callback=writable, help="The folder to write."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 SkipBad = Annotated[
     bool, typer.Option("--skip-bad", help="Leave out rows that cannot be read; say how many.")
@@ -31,7 +51,10 @@ Strength = Annotated[
     float | None, typer.Option(help="Overrules the strength stored with the vectors.")
 ]
 Neutral = Annotated[
-    Path | None, typer.Option(help="A text file, one neutral text a line, for perplexity.")
+    Path | None,
+    typer.Option(
+        exists=True, dir_okay=False, help="A text file, one neutral text a line, for perplexity."
+    ),
 ]
 Fuse = Annotated[bool, typer.Option("--fuse/--no-fuse", help="One op for add, steer and norm.")]
 Baked = Annotated[bool, typer.Option("--baked", help="Constants instead of inputs with defaults.")]

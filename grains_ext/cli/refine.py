@@ -29,7 +29,8 @@ def refine(
     vectors: Vectors,
     output: OutputFolder,
     dev: Annotated[
-        Path | None, typer.Option(metavar="PAIRS", help="Other pairs, to stop early by.")
+        Path | None,
+        typer.Option(metavar="PAIRS", exists=True, help="Other pairs, to stop early by."),
     ] = None,
     neutral: Neutral = None,
     strength: Strength = None,
