@@ -15,6 +15,7 @@ from torch.nn.functional import logsigmoid
 from grains_ext.evaluation import measure
 from grains_ext.files import write_text
 from grains_ext.pair_batches import encode_batches
+from grains_ext.steering.calibrate import NothingWithinLimit
 
 if TYPE_CHECKING:
     from recipes.methods import Workshop
@@ -27,11 +28,12 @@ _TARGETS = r"^(?!.*vision).*\.(q_proj|v_proj)$"
 
 def tuned_lora(
     shop: Workshop, settings: Options, folder: Path
-) -> Callable[[Any], AbstractContextManager[Any]] | None:
-    """An adapter on the queries and values, as a condition; None where none is within the limit.
+) -> Callable[[Any], AbstractContextManager[Any]]:
+    """An adapter on the queries and values, as a condition.
 
     Trained with `refine`'s loss on the fit pairs for as many steps; the learning rate, and the
-    scale of what the adapter adds, are what does best on dev within the limit on perplexity.
+    scale of what the adapter adds, are what does best on dev within the limit on perplexity. Raises
+    NothingWithinLimit where none is.
     """
     if not (folder / _CHOICE).is_file():
         trials = [
@@ -45,7 +47,7 @@ def tuned_lora(
         write_text(folder / _CHOICE, json.dumps({"chosen": best, "trials": trials}) + "\n")
     chosen = json.loads((folder / _CHOICE).read_text())["chosen"]
     if chosen is None:
-        return None
+        raise NothingWithinLimit("no learning rate and scale keep the limit on perplexity")
     return partial(adapted, folder=folder / chosen["adapter"], scale=chosen["scale"])
 
 

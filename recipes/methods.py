@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -76,30 +76,23 @@ class Workshop:
             progress=self.progress,
         )
 
-    def rows(self) -> Iterator[tuple[str, Method, int]]:
-        """(row of the table, method, number of the draw), in the recipe's order."""
-        for name, method in self.recipe.methods().items():
-            for draw in range(method.draws):
-                yield (name if method.draws == 1 else f"{name}-{draw + 1}"), method, draw
-
     def tuned(self, row: str, method: Method, draw: int) -> Condition | None:
         """The method as it did best on dev; None where no setting stays within the limit.
 
         What the folder holds already is read, not made again.
         """
-        folder, failure = self.folder / "tuned" / row, self.folder / "tuned" / f"{row}.json"
+        folder, failure = self.folder / "tuned" / row, failure_of(self.folder, row)
         if failure.is_file():
             return None
-        if method.lora is not None:
-            return tuned_lora(self, method.lora, folder)
-        if not folder.is_dir():
-            try:
-                best = self._tuned_vectors(row, method, draw)
-            except NothingWithinLimit as error:
-                folder.parent.mkdir(exist_ok=True)
-                write_text(failure, json.dumps({"nothing_within_the_limit": str(error)}) + "\n")
-                return None
-            best.save_pretrained(folder)
+        try:
+            if method.lora is not None:
+                return tuned_lora(self, method.lora, folder)
+            if not folder.is_dir():
+                self._tuned_vectors(row, method, draw).save_pretrained(folder)
+        except NothingWithinLimit as error:
+            folder.parent.mkdir(exist_ok=True)
+            write_text(failure, json.dumps({"nothing_within_the_limit": str(error)}) + "\n")
+            return None
         return SteeringVectors.from_pretrained(folder)
 
     def _tuned_vectors(self, row: str, method: Method, draw: int) -> SteeringVectors:
@@ -193,6 +186,11 @@ class Workshop:
     def _budget(self) -> int:
         budget: int = self.recipe.settings["max_batch_tokens"]
         return budget
+
+
+def failure_of(folder: Path, row: str) -> Path:
+    """The file that says that no setting of a row is within the limit."""
+    return folder / "tuned" / f"{row}.json"
 
 
 def told(data: Data, instruction: str) -> Data:

@@ -67,6 +67,12 @@ class Recipe:
                 found[name] = method
         return found
 
+    def rows(self) -> Iterator[tuple[str, Method, int]]:
+        """(row of the table, method, number of the draw), in order."""
+        for name, method in self.methods().items():
+            for draw in range(method.draws):
+                yield (name if method.draws == 1 else f"{name}-{draw + 1}"), method, draw
+
     def only(self, names: Sequence[str]) -> Recipe:
         """With these methods alone. Raises ValueError for an unknown one."""
         return self._chosen(names, lambda name: name in names)

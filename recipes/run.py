@@ -25,7 +25,7 @@ from grains_ext.evaluation.generation import generate_answers
 from grains_ext.files import write_text
 from recipes import judging, table
 from recipes.data import Data, load
-from recipes.methods import Workshop, told
+from recipes.methods import Workshop, failure_of, told
 from recipes.recipe import Options, Recipe, read_recipe
 
 PROMPT = "prompt"
@@ -64,30 +64,19 @@ def run(
     _claim(recipe, output)
     clock = _Clock(output / "stages.json", console)
     data = load(recipe, sources.data)
-    model, processor = sources.model()
-    model.requires_grad_(False)
     _check_same(output, {"model": sources.model_name, **data.describe()})
-    clock.watch(model)
-    shop = Workshop(recipe, model, processor, data, output, progress)
-    with clock.stage("attribute", needed=not (output / "tuned").is_dir()):
-        _ = shop.attributions
-    conditions: dict[str, Any] = {UNSTEERED: None}
-    missed = []
-    for row, method, draw in shop.rows():
-        if method.prompt:
-            conditions[row] = PROMPT
-            continue
-        with clock.stage(f"fit and tune {row}", needed=not _tuned(output, row)):
-            found = shop.tuned(row, method, draw)
-        if found is None:
-            missed.append(row)
-        else:
-            conditions[row] = found
-    measured = {}
-    for row, condition in conditions.items():
-        path = output / "measured" / f"{row}.json"
-        with clock.stage(f"evaluate {row}", needed=not path.is_file()):
-            measured[row] = _measured(shop, condition, path)
+    rows = [UNSTEERED, *(row for row, _, _ in recipe.rows())]
+    if not all(_is_finished(output, row) for row in rows):
+        model, processor = sources.model()
+        model.requires_grad_(False)
+        clock.watch(model)
+        _work(Workshop(recipe, model, processor, data, output, progress), clock)
+    measured = {
+        row: json.loads(_measured_file(output, row).read_text(encoding="utf-8"))
+        for row in rows
+        if _measured_file(output, row).is_file()
+    }
+    missed = [row for row in rows if row not in measured]
     report = _report(data, measured, sources.judge)
     text = table.markdown(recipe, report, missed, sources)
     write_text(output / "table.md", text)
@@ -104,14 +93,33 @@ def run(
     return report
 
 
+def _work(shop: Workshop, clock: _Clock) -> None:
+    """Everything that needs the model; what is in the folder already is taken from there."""
+    output = shop.folder
+    with clock.stage("attribute", needed=not (output / "tuned").is_dir()):
+        _ = shop.attributions
+    conditions: dict[str, Any] = {UNSTEERED: None}
+    for row, method, draw in shop.recipe.rows():
+        if method.prompt:
+            conditions[row] = PROMPT
+            continue
+        needed = not ((output / "tuned" / row).is_dir() or failure_of(output, row).is_file())
+        with clock.stage(f"fit and tune {row}", needed=needed):
+            found = shop.tuned(row, method, draw)
+        if found is not None:
+            conditions[row] = found
+    for row, condition in conditions.items():
+        path = _measured_file(output, row)
+        if not path.is_file():
+            with clock.stage(f"evaluate {row}", needed=True):
+                _measure(shop, condition, path)
+
+
 # --- one condition --------------------------------------------------------------------------------
 
 
-def _measured(shop: Workshop, condition: Any, path: Path) -> Options:
-    """{"measurement": as_dict of all that needs no judge, "said": {task: [answers]}}."""
-    if path.is_file():
-        found: Options = json.loads(path.read_text(encoding="utf-8"))
-        return found
+def _measure(shop: Workshop, condition: Any, path: Path) -> None:
+    """Writes {"measurement": as_dict of all that needs no judge, "said": {task: [answers]}}."""
     data = shop.data
     if condition == PROMPT:
         data, condition = told(data, shop.recipe.benchmark["instruction"]), None
@@ -139,7 +147,6 @@ def _measured(shop: Workshop, condition: Any, path: Path) -> Options:
     found = {"measurement": measurement.as_dict(), "said": said}
     path.parent.mkdir(exist_ok=True)
     write_text(path, json.dumps(found, ensure_ascii=False) + "\n")
-    return found
 
 
 @contextmanager
@@ -214,9 +221,12 @@ def _check_same(output: Path, used: Options) -> None:
             raise ValueError(f"{output} holds a run with another {what}: take another folder")
 
 
-def _tuned(output: Path, row: str) -> bool:
-    folder = output / "tuned"
-    return (folder / row).is_dir() or (folder / f"{row}.json").is_file()
+def _measured_file(output: Path, row: str) -> Path:
+    return output / "measured" / f"{row}.json"
+
+
+def _is_finished(output: Path, row: str) -> bool:
+    return _measured_file(output, row).is_file() or failure_of(output, row).is_file()
 
 
 class _Clock:

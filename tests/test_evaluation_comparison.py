@@ -319,3 +319,6 @@ def test_a_measurement_comes_back_from_json() -> None:
     assert again.as_dict() == found.as_dict()
     with pytest.raises(ValueError, match="were measured, got"):
         Measurement.from_dict(found.as_dict())
+    lost = Outcome("p", math.nan, math.nan, None, None)
+    [read] = Measurement.from_dict(json.loads(json.dumps(Measurement((lost,)).as_dict()))).outcomes
+    assert math.isnan(read.margin)

@@ -99,6 +99,12 @@ def test_a_run_is_taken_up_where_it_stopped(tmp_path: Path) -> None:
     vectors = SteeringVectors.from_pretrained(tmp_path / "tuned" / "grains-refined")
     assert vectors.metadata["refine"]["settings"]["steps"] == 2
 
+    def no_model() -> Any:
+        raise AssertionError("a finished run needs no model")
+
+    finished = Sources(no_model, "small", tmp_path / "data", judge, "smoke")
+    assert run(recipe, finished, tmp_path, progress=False).as_dict() == first.as_dict()
+
     with pytest.raises(ValueError, match=r"other settings \(seed\)"):
         run_small(recipe.with_seed(1), tmp_path)
     (tmp_path / "data" / "neutral.txt").write_text("another text it is\nand one more of them\n")
@@ -243,9 +249,15 @@ def test_the_predicted_tokens_are_those_that_a_small_model_counts(
     assert 0.8 < counted / predicted < 1.25
 
 
-def test_costs_are_told_for_every_recipe() -> None:
+def test_the_page_tells_the_costs_that_are_worked_out() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
+    by_benchmark: dict[str, list[cost.Cost]] = {}
     for recipe in recipes().values():
         expected = cost.cost_of(recipe)
-        weights = 2e-9 * recipe.model["parameters"]
-        assert weights < expected.memory_gb < 80
-        assert 0.1 < expected.hours < 48
+        assert 2e-9 * recipe.model["parameters"] < expected.memory_gb < 80
+        by_benchmark.setdefault(recipe.benchmark["name"], []).append(expected)
+    for name, costs in by_benchmark.items():
+        memory = ", ".join(f"{each.memory_gb:.0f}" for each in costs)
+        hours = ", ".join(f"{each.hours:.1f}" for each in costs)
+        [row] = [line for line in page.splitlines() if line.startswith(f"| `{name}-`")]
+        assert row.endswith(f"| {memory} GB | {hours} |")

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich import box
 from rich.console import Console
@@ -59,6 +59,9 @@ class TaskResult:
     statistics: dict[str, Statistic] = field(repr=False, compare=False)
 
 
+_AnyOutcome = TypeVar("_AnyOutcome", Outcome, ChoiceOutcome, Answered, TextOutcome)
+# Fields of outcomes that are always numbers.
+_NUMBERS = ("margin", "margin_per_token", "true_mass", "score", "logprob")
 # The shares of pairs that a Measurement may hold.
 _SHARES = ("accuracy", "accuracy_per_token", "exact_match")
 
@@ -155,20 +158,13 @@ class Measurement:
         for name, task in tasks.items():
             rows = plain["tasks"][name]
             if isinstance(task, QuestionSet):
-                answered = [Answered(**row) for row in rows]
+                answered = [_read_back(Answered, row) for row in rows]
                 results[name] = TaskResult(tuple(answered), question_statistics(task, answered))
             else:
-                chosen = [
-                    ChoiceOutcome(**{**row, "logprobs": tuple(map(_number, row["logprobs"]))})
-                    for row in rows
-                ]
+                chosen = [_read_back(ChoiceOutcome, row) for row in rows]
                 results[name] = TaskResult(tuple(chosen), choice_statistics(chosen))
-        margins = ("margin", "margin_per_token")
-        outcomes = [
-            Outcome(**{**row, **{name: _number(row[name]) for name in margins}})
-            for row in plain["outcomes"]
-        ]
-        texts = [TextOutcome(**row) for row in plain["texts"]]
+        outcomes = [_read_back(Outcome, row) for row in plain["outcomes"]]
+        texts = [_read_back(TextOutcome, row) for row in plain["texts"]]
         return cls(tuple(outcomes), tuple(texts), results)
 
     def as_dict(self) -> dict[str, Any]:
@@ -488,8 +484,15 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _number(plain: float | None) -> float:
-    return math.nan if plain is None else plain
+def _read_back(kind: type[_AnyOutcome], row: Mapping[str, Any]) -> _AnyOutcome:
+    """The outcome of its plain fields; where a number must be, None was one that is not finite."""
+    fields = {
+        name: math.nan if value is None and name in _NUMBERS else value
+        for name, value in row.items()
+    }
+    if "logprobs" in fields:
+        fields["logprobs"] = tuple(math.nan if p is None else p for p in fields["logprobs"])
+    return kind(**fields)
 
 
 def _cell(name: str, estimate: Proportion | Estimate, change: PairedChange | None) -> str:
