@@ -79,7 +79,7 @@ def bench(
     budget: Budget | None = None,
     on_part: Callable[[str], object] | None = None,
 ) -> dict[str, Any]:
-    """Times the parts and returns {"environment", "model", "parts": [Part.as_dict()]}.
+    """Times the parts: {"format", "version", "environment", "model", "parts": [Part.as_dict()]}.
 
     model, processor: as for `attribute`; the model is left as it was.
     vectors: what to steer with; all blocks along random directions by default: only how many
@@ -116,6 +116,8 @@ def bench(
             found.append(_onnx(model, tokenizer, vectors, prompt_ids, budget))
     parameter = next(model.parameters())
     return {
+        "format": "grains.bench",
+        "version": 1,
         "environment": environment(),
         "model": {
             "name": getattr(model.config, "name_or_path", "") or type(model).__name__,

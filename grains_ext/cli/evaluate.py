@@ -1,5 +1,7 @@
 """grains evaluate: held-out pairs before and after."""
 
+import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,8 +18,10 @@ from grains_ext.cli.options import (
     SkipBad,
     Strength,
     TrustRemoteCode,
+    writable,
 )
 from grains_ext.cli.output import out, print_json, quiet
+from grains_ext.files import write_text
 
 
 @command()
@@ -33,6 +37,15 @@ def evaluate(
     ] = None,
     strength: Strength = None,
     neutral: Neutral = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            *("--output", "-o"),
+            dir_okay=False,
+            callback=writable,
+            help="Also write the JSON, which 'grains report' shows.",
+        ),
+    ] = None,
     generate: Annotated[
         bool, typer.Option("--generate/--no-generate", help="Also generate and compare.")
     ] = True,
@@ -71,6 +84,9 @@ def evaluate(
         generate=generate,
         progress=not quiet(),
     )
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_text(output, json.dumps(report.as_dict(), indent=1, ensure_ascii=False) + "\n")
     if as_json:
         print_json(report.as_dict())
     else:

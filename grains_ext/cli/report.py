@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from grains_ext.cli.app import command
-from grains_ext.cli.options import Json
+from grains_ext.cli.options import Json, writable
 from grains_ext.cli.output import err, print_json, say
 
 
@@ -16,19 +16,25 @@ def report(
         list[Path],
         typer.Argument(
             metavar="RUN...",
+            exists=True,
             help="Folders and files that commands wrote, or folders that hold such folders.",
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML page to write.")] = Path(
-        "report.html"
-    ),
+    output: Annotated[
+        Path,
+        typer.Option(
+            *("--output", "-o"), dir_okay=False, callback=writable, help="The page to write."
+        ),
+    ] = Path("report.html"),
     title: Annotated[
         str | None, typer.Option(help="Of the page; by default the runs' names.")
     ] = None,
     pairs: Annotated[
         Path | None,
         typer.Option(
-            metavar="PAIRS", help="The file of pairs that was attributed, for its pictures."
+            metavar="PAIRS",
+            exists=True,
+            help="The file of pairs that was attributed, for its pictures.",
         ),
     ] = None,
     limit: Annotated[

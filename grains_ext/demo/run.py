@@ -107,12 +107,16 @@ class _Demo:
             "torch": torch.__version__,
             "onnxruntime": onnxruntime.__version__,
         }
+        rows = [method.row(reference) for method in everything]
         result = {
+            "format": "grains.demo",
+            "version": 1,
             "seed": self.seed,
             "versions": versions,
             "threads": torch.get_num_threads(),
             "sizes": asdict(self.sizes),
             "max_perplexity_ratio": compare.MAX_PERPLEXITY_RATIO,
+            "rows": [asdict(row) for row in rows],
             "methods": [method.as_dict(reference) for method in everything],
             "generations": [asdict(generation) for generation in generations],
             "attributions": [attribution.to_dict() for attribution in shown],
@@ -124,7 +128,7 @@ class _Demo:
             self.folder / "report.html",
             title="grains demo: evidence against belief",
             attributions=shown,
-            rows=[method.row(reference) for method in everything],
+            rows=rows,
             generations=generations,
             metadata={
                 "The steered ONNX model": show.export_facts(exported),

@@ -62,18 +62,45 @@ def _row(name: str, runtime: Mapping[str, Any]) -> ParityRow:
     )
 
 
-def rate_rows(rates: Mapping[str, Any]) -> tuple[RateRow, ...]:
+def demo_rates(rates: Mapping[str, Any], title: str) -> Exported:
     """Of {name: {"tokens_per_second": {median, low, high}, "relative_to_unsteered": ...}}."""
-    rows = []
-    for name, rate in rates.items():
-        speed, ratio = rate["tokens_per_second"], rate["relative_to_unsteered"]
-        rows.append(
-            RateRow(
-                name,
-                float(speed["median"]),
-                (float(speed["low"]), float(speed["high"])),
-                float(ratio["median"]),
-                (float(ratio["low"]), float(ratio["high"])),
-            )
-        )
-    return tuple(rows)
+    rows = [
+        _rate_row(name, rate["tokens_per_second"], rate["relative_to_unsteered"])
+        for name, rate in rates.items()
+    ]
+    return Exported(title, rates=tuple(rows))
+
+
+def benchmark(content: Mapping[str, Any], title: str) -> Parts:
+    """What `grains bench` measured, of the parts that count something per second.
+
+    Raises KeyError, TypeError or ValueError where something is missing or of another kind.
+    """
+    found = []
+    for part in content["parts"]:
+        rows = []
+        for each in part["measured"] if part["per_second"] else ():
+            seconds, ratio = each["seconds"], each["ratio"]
+            per_turn = part["per_second"][each["name"]] * seconds["median"]
+            rate = {name: per_turn / seconds[of] for name, of in _TURNED.items()}
+            speed = {name: 1 / ratio[of] for name, of in _TURNED.items()}
+            rows.append(_rate_row(each["name"], rate, speed))
+        if rows:
+            facts = {"measured": part["title"], "model": content["model"]["name"]}
+            heading = f"{title}: {part['name']}"
+            found.append(Exported(heading, facts, (), tuple(rows), part["unit"], "quartiles"))
+    return Parts(exported=tuple(found))
+
+
+# A long time is a low rate.
+_TURNED = {"median": "median", "low": "high", "high": "low"}
+
+
+def _rate_row(name: str, rate: Mapping[str, Any], ratio: Mapping[str, Any]) -> RateRow:
+    return RateRow(
+        name,
+        float(rate["median"]),
+        (float(rate["low"]), float(rate["high"])),
+        float(ratio["median"]),
+        (float(ratio["low"]), float(ratio["high"])),
+    )

@@ -145,7 +145,7 @@ class Directions:
 class Tuning:
     """What tune tried.
 
-    trials: as in ``metadata["tuning"]`` of tuned vectors, see `grains_ext.steering.Trial`.
+    trials: as in ``metadata["tuning"]`` of tuned vectors, see `steering.calibrate.Trial`.
     chosen, frontier: some of them. unsteered: the accuracy on the dev pairs.
     """
 
@@ -170,24 +170,29 @@ class ParityRow:
 
 @dataclass(frozen=True)
 class RateRow:
-    """How fast one graph decodes: the median and the 10th to 90th percentile."""
+    """How fast one candidate is: medians, each with its spread."""
 
     name: str
-    tokens_per_second: float
-    tokens_interval: Interval
-    ratio: float | None = None
-    """To the unsteered graph."""
-    ratio_interval: Interval | None = None
+    rate: float
+    rate_spread: Interval
+    ratio: float
+    """To the unsteered rate."""
+    ratio_spread: Interval
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A steered graph."""
+    """A steered graph, or what steering costs in time.
+
+    unit, spread: of the rates.
+    """
 
     title: str
     facts: Mapping[str, object] = field(default_factory=dict)
     parity: tuple[ParityRow, ...] = ()
     rates: tuple[RateRow, ...] = ()
+    unit: str = "tokens/s"
+    spread: str = "10th to 90th percentile"
 
 
 @dataclass(frozen=True)

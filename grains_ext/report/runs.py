@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grains_ext.report import evaluated
-from grains_ext.report.exported import exported, rate_rows
+from grains_ext.report.exported import benchmark, demo_rates, exported
 from grains_ext.report.parts import (
     Attributed,
     Directions,
-    Exported,
     Generation,
     MethodRow,
     Parts,
@@ -36,8 +35,8 @@ if TYPE_CHECKING:
 _DEPTH = 3
 _FORMAT = re.compile(rb'\s*\{\s*"format"\s*:\s*"(grains\.[\w.-]+)"')
 _WRITTEN_BY = (
-    "'grains attribute', 'fit', 'refine', 'tune', 'evaluate -o', 'export' and 'demo' write what a "
-    "report can show"
+    "'grains attribute', 'fit', 'refine', 'tune', 'evaluate -o', 'export', 'bench -o' and 'demo' "
+    "write what a report can show"
 )
 _COMMAND = re.compile(r"^command: *[\"']?([a-z-]+)[\"']? *$", re.M)
 # A configuration is a page at most; another YAML file is not looked into.
@@ -70,7 +69,12 @@ def read_runs(
         if not run.exists():
             raise FileNotFoundError(f"no run at {run}: give a folder or file that a command wrote")
         title = run.resolve().name
-        found = _folder(run, title, options) if run.is_dir() else _file(run, title, options)
+        if run.is_dir():
+            found = _folder(run, title, options)
+        else:
+            found = _file(run, title, options)
+            config = run.with_name(f"{run.name}.yaml")
+            found += Parts(commands=tuple(_command(config)) if config.is_file() else ())
         if not found:
             raise ValueError(f"{run} holds no run: {_WRITTEN_BY}")
         if len(runs) == 1:
@@ -147,9 +151,7 @@ def _file(path: Path, title: str, options: _Options) -> Parts:
                 f"its version is {content.get('version')!r}, this version of grains_ext reads "
                 f"{version}: update grains_ext, or run the command again"
             )
-        parts = read(content, title, options)
-    config = path.with_name(f"{path.name}.yaml")
-    return parts + Parts(commands=tuple(_command(config)) if config.is_file() else ())
+        return read(content, title, options)
 
 
 def _format_of(path: Path) -> str | None:
@@ -242,12 +244,15 @@ def _demo(content: Mapping[str, Any], title: str, options: _Options) -> Parts:
     """What is in no other file of the demo's folder."""
     rows = [MethodRow(**{**row, "interval": tuple(row["interval"])}) for row in content["rows"]]
     texts = [Generation(**each) for each in content["generations"]]
-    rates = rate_rows(content["export"]["rates"])
     return Parts(
         held_out=(comparison(rows, title),),
         answers=(continued(texts, title),),
-        exported=(Exported(title, rates=rates),),
+        exported=(demo_rates(content["export"]["rates"], title),),
     )
+
+
+def _benchmark(content: Mapping[str, Any], title: str, options: _Options) -> Parts:
+    return benchmark(content, title)
 
 
 _FOLDERS: dict[str, Callable[[Path, str, _Options], Parts]] = {
@@ -258,6 +263,7 @@ _FOLDERS: dict[str, Callable[[Path, str, _Options], Parts]] = {
 _FILES: dict[str, tuple[int, Callable[[Mapping[str, Any], str, _Options], Parts]]] = {
     evaluated.FORMAT: (evaluated.VERSION, _evaluation),
     "grains.demo": (1, _demo),
+    "grains.bench": (1, _benchmark),
 }
 
 

@@ -157,13 +157,13 @@ def _exported_glance(parts: Iterable[Exported]) -> list[dict[str, str]]:
                 "note": "largest difference from torch in any logit",
             }
         )
-    ratios = [row.ratio for part in parts for row in part.rates if row.ratio is not None]
-    if len(ratios) > 1:
+    timed = [row for part in parts for row in part.rates if row.name.startswith("steered")]
+    if timed:
         found.append(
             {
                 "label": "Decoding speed",
-                "value": f"× {ratios[-1]:.2f}",
-                "note": "of the unsteered graph's tokens per second",
+                "value": f"× {timed[-1].ratio:.2f}",
+                "note": f"of the unsteered; {timed[-1].name}",
             }
         )
     return found
@@ -314,7 +314,7 @@ def _search_text(part: Asked) -> str:
 
 
 def attributed(part: Attributed) -> dict[str, Any]:
-    draw = template("attribution.html.j2").module.figure  # type: ignore[attr-defined]
+    draw = template("attribution.html.j2").module.row  # type: ignore[attr-defined]
     pictures = part.images or [None] * len(part.attributions)
     rows = []
     n_pictures = 0
@@ -511,13 +511,7 @@ def _cell(trial: Mapping[str, Any] | None, part: Tuning) -> dict[str, Any] | Non
 
 
 def exported(part: Exported) -> dict[str, Any]:
-    ratios = [
-        value
-        for row in part.rates
-        if row.ratio is not None
-        for value in (row.ratio, *(row.ratio_interval or ()))
-    ]
-    along = axis([1.0, *ratios])
+    along = axis([1.0, *(v for row in part.rates for v in (row.ratio, *row.ratio_spread))])
     return {
         "title": part.title,
         "facts": part.facts,
@@ -531,6 +525,8 @@ def exported(part: Exported) -> dict[str, Any]:
             for row in part.parity
         ],
         "rates": [_rate(row, along) for row in part.rates],
+        "unit": part.unit,
+        "spread": part.spread,
         "low": f"{along.low:g}",
         "high": f"{along.high:g}",
         "one": along.place(1.0),
@@ -538,14 +534,14 @@ def exported(part: Exported) -> dict[str, Any]:
 
 
 def _rate(row: RateRow, along: Axis) -> dict[str, Any]:
-    low, high = row.tokens_interval
+    digits = 0 if row.rate >= 20 else 2
     return {
         "name": row.name,
-        "speed": f"{row.tokens_per_second:,.0f}",
-        "spread": f"{low:,.0f} to {high:,.0f}",
-        "milliseconds": f"{1000 / row.tokens_per_second:.2f}" if row.tokens_per_second else "–",
-        "ratio": "–" if row.ratio is None else f"× {row.ratio:.3f}",
-        "ratio_spread": "" if row.ratio_interval is None else _interval(row.ratio_interval, number),
-        "place": None if row.ratio is None else along.place(row.ratio),
-        "span": None if row.ratio_interval is None else _span(along, row.ratio_interval),
+        "rate": f"{row.rate:,.{digits}f}",
+        "rate_spread": " to ".join(f"{value:,.{digits}f}" for value in row.rate_spread),
+        "milliseconds": f"{1000 / row.rate:.3g}" if row.rate else "–",
+        "ratio": times(row.ratio),
+        "ratio_spread": _interval(row.ratio_spread, number),
+        "place": along.place(row.ratio),
+        "span": _span(along, row.ratio_spread),
     }

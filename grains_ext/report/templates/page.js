@@ -81,18 +81,21 @@
       for (const cell of root.querySelectorAll("tr > :not(.asked)")) {
         cell.hidden = ![1, 1 + after].includes(cell.cellIndex);
       }
-      status.textContent = found.length
+      status.textContent = rows.length < 2 ? "" : found.length
         ? `${seen.length.toLocaleString("en")} of ${found.length.toLocaleString("en")} shown`
         : "Nothing matches.";
       more.hidden = all.hidden = seen.length === found.length;
       highlight(root, body, seen.length <= 200 ? words : []);
     }
 
-    controls.hidden = false;
-    controls.addEventListener("input", () => {
-      shown = data.step;
-      update();
-    });
+    controls.hidden = rows.length < 2;
+    // Not every driver of a browser sends both for a choice from a list.
+    for (const kind of ["input", "change"]) {
+      controls.addEventListener(kind, () => {
+        shown = data.step;
+        update();
+      });
+    }
     function extend(count) {
       const last = body.lastElementChild;
       shown = count;
