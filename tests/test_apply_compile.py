@@ -97,6 +97,45 @@ def test_steering_that_comes_too_late() -> None:
     assert torch.equal(compiled(INPUT_IDS, use_cache=False).logits, unsteered)
 
 
+@pytest.mark.parametrize("place", ["model", "stack", "blocks"])
+@torch.no_grad()
+def test_a_model_compiled_in_place(place: str) -> None:
+    """Steered before its first call it runs as without graphs; later it does or the call raises."""
+    model = tiny_model("llama", num_hidden_layers=2)
+    vectors, later = random_vectors([0, 1]), random_vectors([1], seed=3)
+    with vectors.applied(model):
+        expected = model(INPUT_IDS, use_cache=False).logits
+        with later.applied(model):
+            both = model(INPUT_IDS, use_cache=False).logits
+    unsteered = model(INPUT_IDS, use_cache=False).logits
+    torch._dynamo.reset()
+    modules = {"model": [model], "stack": [model.model], "blocks": list(model.model.layers)}[place]
+    for module in modules:
+        module.compile(backend="eager", fullgraph=True)
+    compiled = [module._compiled_call_impl for module in modules]
+    with vectors.applied(model):
+        torch.testing.assert_close(model(INPUT_IDS, use_cache=False).logits, expected)
+        # Where a graph has hooks, torch notices more of them.
+        with later.applied(model):
+            torch.testing.assert_close(model(INPUT_IDS, use_cache=False).logits, both)
+        torch.testing.assert_close(model(INPUT_IDS, use_cache=False).logits, expected)
+    assert [module._compiled_call_impl for module in modules] == compiled
+    torch._dynamo.reset()
+    torch.testing.assert_close(model(INPUT_IDS, use_cache=False).logits, unsteered)
+    first, second = vectors.apply(model), later.apply(model)
+    if place == "blocks":  # a block's own hooks are noticed at any time
+        torch.testing.assert_close(model(INPUT_IDS, use_cache=False).logits, both)
+    else:
+        with pytest.raises(RuntimeError, match="ran without this steering"):
+            model(INPUT_IDS, use_cache=False)
+    first.remove()  # not in the order in which they came
+    second.remove()
+    assert [module._compiled_call_impl for module in modules] == compiled
+    torch._dynamo.reset()
+    with vectors.applied(model):
+        torch.testing.assert_close(model(INPUT_IDS, use_cache=False).logits, expected)
+
+
 @torch.no_grad()
 def test_prompts_of_a_compiled_model() -> None:
     model = tiny_model("llama", num_hidden_layers=2)

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ from grains_ext.decoder import (
     unwrap,
     wrappers,
 )
+from grains_ext.steering.compiled import CompiledInPlace
 from grains_ext.steering.held_gate import HeldGate
 from grains_ext.steering.mirrored import Home, Mirrored
 from grains_ext.steering.positions import (
@@ -38,11 +39,11 @@ class SteeringHandle:
     handles on one model act one after the other, in the order in which they were made.
 
     Under torch.compile make the handle, and call rows() if you will, before the first call of the
-    compiled model: torch ignores hooks that come later. A handle made from what torch.compile
-    returned raises where its first call finds a graph without it; after model.compile() nothing
-    tells. Changes of strength, rows and prompt length are then seen without a recompile, and by
-    CUDA graphs. With positions or a gate one forward may run at a time. As a context manager it
-    removes itself at the end.
+    compiled model: torch ignores hooks that come later. A handle raises where a call finds a graph
+    without it, if it was made from what torch.compile returned, or after model.compile(), of the
+    model or of its blocks. Changes of strength, rows and prompt length are then seen without a
+    recompile, and by CUDA graphs. With positions or a gate one forward may run at a time. As a
+    context manager it removes itself at the end.
     """
 
     # A tensor made in inference mode could not be updated, nor steer a training step, outside it.
@@ -94,15 +95,15 @@ class SteeringHandle:
             self._mask is None
             and (positions == "all" or (positions == "text" and not self._image_ids))
         )
-        self._reached = False
+        # Graphs set these too, at every call.
+        self._reached = dict.fromkeys(self._tables, False)
         self.strengths = strengths
         self._hooks = self._install(decoder)
 
     def _install(self, decoder: DecoderView) -> list[Any]:
         hooks: list[Any] = []
         if self._tables:
-            compiled = [m for m in wrappers(decoder.model) if hasattr(m, "_orig_mod")]
-            hooks += [m.register_forward_hook(self._check_reached) for m in compiled]
+            hooks += self._watch_graphs(decoder)
         if self._per_forward:
             for module in wrappers(decoder.model):
                 if not hasattr(module, "_orig_mod"):  # torch.compile's wrapper calls what it wraps
@@ -116,6 +117,20 @@ class SteeringHandle:
         for number in self._tables:
             hooks.append(decoder.blocks[number].register_forward_hook(self._steer(number)))
         return hooks
+
+    def _watch_graphs(self, decoder: DecoderView) -> Iterator[Any]:
+        """Checks after each call of what is compiled, as a whole or in place, and holds blocks that
+        are steered here."""
+        for module in wrappers(decoder.model):
+            if hasattr(module, "_orig_mod"):
+                check = self._check_reached(list(self._tables))
+                yield module.register_forward_hook(lambda *_, check=check: check())
+        for module in decoder.model.modules():
+            if module._compiled_call_impl is not None:
+                inside = set(module.modules())
+                steered = [n for n in self._tables if decoder.blocks[n] in inside]
+                if steered:
+                    yield CompiledInPlace.watch(module, self._check_reached(steered))
 
     # --- what a user sets -------------------------------------------------------------------------
 
@@ -249,14 +264,18 @@ class SteeringHandle:
 
         return begin
 
-    def _check_reached(self, module: nn.Module, args: Any, output: Any) -> None:
-        """After a call of what torch.compile returned; not itself compiled."""
-        if not self._reached:
-            raise RuntimeError(
-                "the compiled model ran without this steering: torch.compile ignores hooks that "
-                "come after its first call. Steer before that call, or call torch._dynamo.reset() "
-                "and then the model again, which compiles it anew"
-            )
+    def _check_reached(self, blocks: Sequence[int]) -> Callable[[], None]:
+        """For after a call of something compiled; not itself compiled."""
+
+        def check() -> None:
+            if not all(self._reached[block] for block in blocks):
+                raise RuntimeError(
+                    "the compiled model ran without this steering: torch.compile ignores hooks "
+                    "that come after its first call. Steer before that call, or call "
+                    "torch._dynamo.reset() and then the model again, which compiles it anew"
+                )
+
+        return check
 
     def _members_of_rows(self, forward: Forward) -> Tensor:
         """int32 [B, 1] or [1, 1]."""
@@ -289,7 +308,7 @@ class SteeringHandle:
 
     def _steer(self, block: int) -> Callable[..., Any]:
         def steer(module: nn.Module, args: Any, output: Any) -> Any:
-            self._reached = True  # graphs do this too, at every call
+            self._reached[block] = True
             hidden = hidden_states_of(output)
             index = self._index_at(block, hidden)
             table, strengths = self._tables[block], self._strengths
