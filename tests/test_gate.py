@@ -186,7 +186,7 @@ def test_fitted_gate(kind: str, when: str) -> None:
     assert torch.equal(again.direction, gate.direction)
     assert again.threshold == gate.threshold
     if when == "token":
-        return
+        return  # its rate: see the next test
     assert gate.metadata["held_out_inside_open"] > 0.7
     vectors = random_vectors([1, 2]).with_gate(gate)
     opened = []
@@ -200,19 +200,36 @@ def test_fitted_gate(kind: str, when: str) -> None:
     assert opened[1] < 0.22
 
 
-def test_calibration_holds_on_average() -> None:
-    """Same distribution inside and outside: the share of new prompts let in is the rate."""
+@pytest.mark.parametrize("when", ["prompt", "token"])
+def test_calibration_holds_on_average(when: str) -> None:
+    """Same distribution inside and outside: the share of new prompts let in is the rate.
+
+    With "token", of prompts of which any token is let in; the first one does not count.
+    """
     model, tokenizer = tiny_model("llama", num_hidden_layers=1), tiny_tokenizer()
     shares = []
     for seed in range(8):
         pool = texts(" home", 150, 100 + seed)
         gate = fit_gate(
-            model, tokenizer, pool[:10], pool[10:110], block=0, false_positive_rate=0.2, seed=seed
+            model,
+            tokenizer,
+            pool[:10],
+            pool[10:110],
+            block=0,
+            when=when,
+            false_positive_rate=0.2,
+            seed=seed,
         )
         ids, mask = pad_batch([tuple(tokenizer(t).input_ids) for t in pool[110:]], pad_id=3)
-        with random_vectors([0]).with_gate(gate).applied(model) as handle, torch.no_grad():
+        with torch.no_grad(), DecoderView.of(model).capture([0]) as captured:
             model(ids, attention_mask=mask, position_ids=position_ids_of(mask))
-            shares.append(float(handle.decisions[0].float().mean()))
+        assert gate.center is not None
+        scores = score(captured[0], gate.direction, gate.center, gate.kind)
+        if when == "prompt":
+            scores = scores[:, -1:]
+        first = mask.cumsum(1) <= 1  # the padding, and the first token
+        scores = scores.masked_fill(first, -torch.inf) if when == "token" else scores
+        shares.append(float((scores > gate.threshold).any(1).float().mean()))
     assert 0.1 < sum(shares) / len(shares) < 0.3
 
 

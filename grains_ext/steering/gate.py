@@ -121,14 +121,17 @@ def fit_gate(
         topics apart best.
     kind: "cosine": with the difference of the two means, from the outside mean. "probe": logistic
         regression; needs more prompts, finds what a difference of means does not.
-    when: see Gate. "token" is fitted on, and counts, all tokens of the prompts but the first.
-    false_positive_rate: of prompts (or tokens) drawn like outside_prompts at most this share
-        opens the gate, on average over draws of the half that sets the threshold: the
-        split-conformal quantile (Vovk et al. 2005; Angelopoulos & Bates 2021, arXiv 2107.07511).
-        Needs at least 1 / rate - 1 prompts in that half.
+    when: see Gate. "token" is fitted on all tokens of the prompts but the first, whose state is
+        like no other's.
+    false_positive_rate: of prompts drawn like outside_prompts at most this share opens the gate,
+        with "token" at any of its tokens but the first, on average over draws of the half that sets
+        the threshold: the split-conformal quantile (Vovk et al. 2005; Angelopoulos & Bates 2021,
+        arXiv 2107.07511) of each prompt's largest score, since the tokens of one prompt are not
+        exchangeable. Needs at least 1 / rate - 1 prompts in that half. Of tokens that are generated
+        later it says nothing.
 
-    The metadata holds the counts, the share of held-out inside prompts that open the gate, and
-    the share of the held-out outside prompts that do.
+    The metadata holds the counts, the share of held-out inside prompts that open the gate, with
+    "token" at any token, and the share of the held-out outside prompts that do.
 
     Raises ValueError for too few prompts, and where the two sets look the same to this block.
     """
@@ -155,9 +158,10 @@ def fit_gate(
             f"false_positive_rate of {false_positive_rate:g} (half of them are held out), got "
             f"{len(inside_prompts)} and {len(outside_prompts)}"
         )
-    inside, more_inside, outside, more_outside = (
+    inside_rows, more_inside, outside_rows, more_outside = (
         _states(view, ids, block, when, max_batch_tokens) for ids in halves
     )
+    inside, outside = torch.cat(inside_rows), torch.cat(outside_rows)
     center = outside.mean(0)
     direction = inside.mean(0) - center
     if direction.norm() <= 1e-5 * outside.norm(dim=-1).mean():
@@ -170,14 +174,16 @@ def fit_gate(
         center, direction = probe.centre, probe.normal
     # A probe's scale means nothing; at length 1 its scores are lengths along it.
     direction = torch.nn.functional.normalize(direction, dim=0)
-    scores = score(more_outside, direction, center, kind).sort().values
+
+    def largest_scores(prompts: list[Tensor]) -> Tensor:
+        return torch.stack([score(row, direction, center, kind).max() for row in prompts])
+
+    scores = largest_scores(more_outside).sort().values
     rank = math.ceil((len(scores) + 1) * (1 - false_positive_rate))
     threshold = float(scores[min(rank, len(scores)) - 1])
     metadata = {
         "false_positive_rate": false_positive_rate,
-        "held_out_inside_open": _share_above(
-            score(more_inside, direction, center, kind), threshold
-        ),
+        "held_out_inside_open": _share_above(largest_scores(more_inside), threshold),
         "held_out_outside_open": _share_above(scores, threshold),
         "n_inside": len(inside_prompts),
         "n_outside": len(outside_prompts),
@@ -192,8 +198,8 @@ def _share_above(scores: Tensor, threshold: float) -> float:
 
 def _states(
     view: DecoderView, ids: Sequence[TokenIds], block: int, when: str, max_batch_tokens: int
-) -> Tensor:
-    """float32 [N, D] on the CPU: the states that the gate will read, in the order of `ids`."""
+) -> list[Tensor]:
+    """float32 [n, D] on the CPU of each prompt: the states that the gate will read."""
     states: dict[int, Tensor] = {}
     with alone_with(view.model):
         for group in batches([len(row) for row in ids], max_batch_tokens):
@@ -206,4 +212,4 @@ def _states(
                 # Rows end in the last column. The first token's state is like no other's.
                 first = max(1, len(ids[i]) - 1) if when == "token" else 1
                 states[i] = row[-first:].clone()  # not the whole batch behind a view
-    return torch.cat([states[i] for i in range(len(ids))])
+    return [states[i] for i in range(len(ids))]
