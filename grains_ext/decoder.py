@@ -81,8 +81,7 @@ class DecoderView:
     @property
     def device(self) -> torch.device:
         """Where token ids go: the embedding's device, or the CPU where accelerate moves both."""
-        device = next(self.embedding.parameters()).device
-        return torch.device("cpu") if device.type == "meta" else device
+        return ids_device(self.embedding)
 
     def check_blocks(self, blocks: Iterable[int]) -> list[int]:
         """The block numbers, sorted. Raises ValueError where one is not in [0, n_blocks)."""
@@ -134,6 +133,13 @@ def view_of(model: Any, decoder: DecoderView | None) -> DecoderView:
     if decoder is not None:
         return replace(decoder, model=getattr(decoder.model, "_orig_mod", decoder.model))
     return DecoderView.of(getattr(model, "_orig_mod", model))
+
+
+def ids_device(module: nn.Module) -> torch.device:
+    """Where an embedding, or a model, takes its ids: where its first weight is, or on the CPU where
+    accelerate moves both."""
+    device = next(module.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def hidden_states_of(output: Any) -> Tensor:

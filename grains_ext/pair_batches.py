@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from grains_ext.batching import batches, pad_batch, pad_id_of, position_ids_of, token_logprobs
-from grains_ext.decoder import unwrap
+from grains_ext.decoder import ids_device, unwrap
 from grains_ext.encoding import EncodedPair, TokenIds, encode_pair, pair_name
 from grains_ext.pairs import Message, PreferencePair
 
@@ -391,8 +391,9 @@ def _forward_arguments(
 
 def _fitted(inputs: Mapping[str, Tensor], model: nn.Module) -> dict[str, Any]:
     inner: Any = unwrap(model)
-    weight = next(inner.get_input_embeddings().parameters())
+    embedding = inner.get_input_embeddings()
+    device, dtype = ids_device(embedding), next(embedding.parameters()).dtype
     return {
-        name: value.to(weight.device, weight.dtype if value.is_floating_point() else None)
+        name: value.to(device, dtype if value.is_floating_point() else None)
         for name, value in inputs.items()
     }

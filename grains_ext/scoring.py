@@ -19,7 +19,7 @@ from grains_ext.batching import (
     token_divergences,
     token_logprobs,
 )
-from grains_ext.decoder import prompt_lengths, unwrap
+from grains_ext.decoder import ids_device, prompt_lengths, unwrap
 from grains_ext.encoding import TokenIds
 from grains_ext.pair_batches import encode_each, iter_scored_batches
 from grains_ext.pairs import PreferencePair
@@ -130,7 +130,7 @@ def continuation_logprobs(
         key = ((*prompt_ids, *continuation_ids[:-1]), len(prompt_ids))
         by_input.setdefault(key, []).append(i)
     inputs = list(by_input)
-    device = next(model.parameters()).device
+    device = ids_device(model)
     scores: dict[int, ContinuationScore] = {}
     with frozen(model):
         for group in batches([len(ids) for ids, _ in inputs], max_batch_tokens):
@@ -267,7 +267,7 @@ def text_divergences(
         vocabulary, in nats; 0 where steering changes nothing. Over `len(sequence) - 1` tokens it is
         a mean per token.
     """
-    device = next(model.parameters()).device
+    device = ids_device(model)
     divergences: dict[int, float] = {}
     with frozen(model):
         for group in batches([len(s) - 1 for s in sequences], max_batch_tokens):

@@ -11,6 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+from grains_ext.evaluation import evaluate
+from grains_ext.pairs import PreferencePair
+from grains_ext.steering import fit_caa, fit_gradient
 from grains_ext.steering.fold import fold
 from grains_ext.steering.gate import fit_gate
 from tests.models import tiny_model, tiny_tokenizer
@@ -108,6 +111,12 @@ def test_offloaded_weights(way: str, tmp_path: Path) -> None:
     prompts = texts(" home", 4, 0), texts(" sky", 40, 1)
     found = fit_gate(moved, tokenizer, *prompts, block=1)
     assert found.threshold == fit_gate(model, tokenizer, *prompts, block=1).threshold
+    pairs = [PreferencePair("the sky is", "blue", "red"), PreferencePair("the sea is", "a", "b c")]
+    for fitted in (fit_caa, fit_gradient):
+        there, here = (fitted(m, tokenizer, pairs).directions for m in (moved, model))
+        assert all(torch.equal(there[block], here[block]) for block in here)
+    there, here = (evaluate(m, tokenizer, pairs, progress=False).unsteered for m in (moved, model))
+    assert there == here
     kept_elsewhere = replace(random_vectors([1]), normalize=False)
     with pytest.raises(ValueError, match="block 1 has weights on the meta device"):
         fold(moved, kept_elsewhere)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from grains_ext.batching import batches, pad_batch, pad_id_of
-from grains_ext.decoder import unwrap
+from grains_ext.decoder import ids_device, unwrap
 from grains_ext.encoding import TokenIds
 from grains_ext.pair_batches import iter_prompt_batches
 from grains_ext.pairs import Message
@@ -34,7 +34,7 @@ def generate(
     tokens with the ones to be generated. Results come in the order of prompts.
     """
     texts = [""] * len(prompts)
-    device = next(model.parameters()).device
+    device = ids_device(model)
     lengths = [len(prompt) + max_new_tokens for prompt in prompts]
     with _greedy(model, tokenizer, max_new_tokens, pad_id) as said:
         for group in batches(lengths, max_batch_tokens):
