@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
+from uuid import uuid4
 
 import onnx
 
@@ -33,13 +34,16 @@ def edit_components(
     wanted, kind: which graphs, and what they are called in an error.
     edit: called with a graph and where to write it.
 
-    Returns what `edit` gave, by the graph's name. Raises GraphError where no graph is wanted,
-    FileExistsError where `output` is another folder with files in it.
+    Returns what `edit` gave, by the graph's name. Raises GraphError where no graph is there, or is
+    wanted, FileExistsError where `output` is another folder with files in it.
     """
     graphs = sorted(folder.glob("*.onnx"))
     chosen = [graph for graph in graphs if wanted(load_graph(graph))]
+    if not graphs:
+        raise GraphError(f"'{folder}' holds no ONNX graph{_hint(folder)}")
     if not chosen:
-        raise GraphError(f"no graph in '{folder}' {kind}; there are {[g.name for g in graphs]}")
+        names = ", ".join(graph.name for graph in graphs)
+        raise GraphError(f"no graph in '{folder}' {kind}; its graphs are {names}")
     if output is None:
         return {graph.name: edit(graph, None) for graph in chosen}
     if output.is_dir() and output.samefile(folder):
@@ -49,10 +53,20 @@ def edit_components(
     return _to_new_folder(folder, output, chosen, edit)
 
 
+def _hint(folder: Path) -> str:
+    """What a folder without graphs is likely to be, and what to do with it."""
+    below = sorted({str(path.parent) for path in folder.glob("*/*.onnx")})
+    if below:
+        return f"; there are some in {', '.join(map(repr, below))}: give that folder"
+    if any(folder.glob("*.safetensors")) and (folder / "config.json").is_file():
+        return ": it is a PyTorch model, which `grains export` (export_model) makes graphs of"
+    return ": give a graph, or the folder of an export"
+
+
 def _in_place(graphs: list[Path], edit: Callable[[Path, Path | None], T]) -> dict[str, T]:
     results = {}
     with ExitStack() as cleanup:
-        edited = {graph: graph.with_name(f".{graph.name}.{os.getpid()}.new") for graph in graphs}
+        edited = {graph: graph.with_name(f".{graph.name}.{uuid4().hex}.new") for graph in graphs}
         for graph, temporary in edited.items():
             cleanup.callback(temporary.unlink, missing_ok=True)
             results[graph.name] = edit(graph, temporary)
@@ -65,7 +79,7 @@ def _to_new_folder(
     folder: Path, output: Path, graphs: list[Path], edit: Callable[[Path, Path | None], T]
 ) -> dict[str, T]:
     output.parent.mkdir(parents=True, exist_ok=True)
-    work = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    work = output.with_name(f".{output.name}.{uuid4().hex}.tmp")
     work.mkdir()
     try:
         for file in sorted(folder.rglob("*")):

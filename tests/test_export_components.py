@@ -122,3 +122,17 @@ def test_folders_that_cannot_be_steered_are_refused(folder: Path, tmp_path: Path
     with pytest.raises(GraphError, match=r"no graph in .* holds decoder blocks.*lm_head\.onnx"):
         inject(folder, VECTORS, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_graphs_is_told_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(GraphError, match=r"holds no ONNX graph: give a graph, or the folder"):
+        inject(tmp_path, VECTORS, tmp_path / "out")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(GraphError, match="it is a PyTorch model, which `grains export`"):
+        inject(tmp_path, VECTORS, tmp_path / "out")
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx" / "model.onnx").write_bytes(b"")
+    with pytest.raises(GraphError, match=r"there are some in '.*/onnx': give that folder"):
+        remove_steering(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
