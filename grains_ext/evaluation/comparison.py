@@ -486,7 +486,7 @@ def _finite(value: Any) -> Any:
 
 def _read_back(kind: type[_AnyOutcome], row: Mapping[str, Any]) -> _AnyOutcome:
     """The outcome of its plain fields; where a number must be, None was one that is not finite."""
-    fields = {
+    fields: dict[str, Any] = {
         name: math.nan if value is None and name in _NUMBERS else value
         for name, value in row.items()
     }
