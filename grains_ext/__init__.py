@@ -57,10 +57,12 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'grains_ext' has no attribute {name!r}")
+if not TYPE_CHECKING:  # a type checker would take every name, mistyped ones too, for Any
+
+    def __getattr__(name: str) -> Any:
+        if name in _HOMES:
+            return getattr(importlib.import_module(_HOMES[name]), name)
+        raise AttributeError(f"module 'grains_ext' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
