@@ -15,35 +15,37 @@ if TYPE_CHECKING:
     from grains_ext.export.adapter import write_adapter
     from grains_ext.export.attribution import export_attribution
     from grains_ext.export.attribution_graph import AttributionGraph
-    from grains_ext.export.errors import GraphError
+    from grains_ext.export.errors import ExportError, GraphError
     from grains_ext.export.functions import DOMAIN, OPSET_VERSION, add_functions, function_proto
-    from grains_ext.export.generate import OnnxDecoder
+    from grains_ext.export.generate import OnnxDecoder, PromptImages
     from grains_ext.export.inject import inject, remove_steering
     from grains_ext.export.locate import Site, locate
     from grains_ext.export.model import export_model
     from grains_ext.export.runtime import ort_library_path, session
     from grains_ext.export.surgery import Injected
     from grains_ext.export.text import TextGenerator
-    from grains_ext.export.trace import ExportError, export_graph
+    from grains_ext.export.trace import export_graph
     from grains_ext.export.triton import write_triton
     from grains_ext.export.verify import Parity, RuntimeParity, count_nodes, verify
+    from grains_ext.export.vision_runtime import ImageReader, Prompt
 
 _HOMES = {
     "adapter": ("write_adapter",),
     "attribution": ("export_attribution",),
     "attribution_graph": ("AttributionGraph",),
-    "errors": ("GraphError",),
+    "errors": ("ExportError", "GraphError"),
     "functions": ("DOMAIN", "OPSET_VERSION", "add_functions", "function_proto"),
-    "generate": ("OnnxDecoder",),
+    "generate": ("OnnxDecoder", "PromptImages"),
     "inject": ("inject", "remove_steering"),
     "locate": ("Site", "locate"),
     "model": ("export_model",),
     "runtime": ("ort_library_path", "session"),
     "text": ("TextGenerator",),
-    "trace": ("ExportError", "export_graph"),
+    "trace": ("export_graph",),
     "surgery": ("Injected",),
     "triton": ("write_triton",),
     "verify": ("Parity", "RuntimeParity", "count_nodes", "verify"),
+    "vision_runtime": ("ImageReader", "Prompt"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -53,9 +55,12 @@ __all__ = [
     "AttributionGraph",
     "ExportError",
     "GraphError",
+    "ImageReader",
     "Injected",
     "OnnxDecoder",
     "Parity",
+    "Prompt",
+    "PromptImages",
     "RuntimeParity",
     "Site",
     "TextGenerator",

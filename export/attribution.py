@@ -45,10 +45,11 @@ from grains_ext.export.attribution_graph import (
     GraphSettings,
     packed_feeds,
 )
+from grains_ext.export.errors import ExportError
 from grains_ext.export.functions import DOMAIN, OPSET_VERSION, SIGNATURES, add_functions
 from grains_ext.export.runtime import session
 from grains_ext.export.tokenizing import TokenizerSettings
-from grains_ext.export.trace import DEFAULT_OPSET, ExportError, quiet
+from grains_ext.export.trace import DEFAULT_OPSET, quiet
 from grains_ext.scoring import continuation_logprobs, frozen
 
 if TYPE_CHECKING:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 GRAPH_NAME = "model.onnx"
 UNSTEERED_NAME = "model_unsteered.onnx"
+VISION_NAME = "vision.onnx"
+EMBEDDING_NAME = "embedding.onnx"
+CONFIG_NAME = "config.json"
 LIBRARY_NAME = "libgrains_ort.so"
 RECORD_NAME = "grains_export.json"
 GENAI_CONFIG_NAME = "genai_config.json"
 README_NAME = "README.md"
+
+# A write that fails in the middle names no file.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def require_free(folder: Path, *, overwrite: bool) -> None:
@@ -33,15 +41,20 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     # A link stays a link to the new folder, and "." gets its name.
     folder = Path(os.path.realpath(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Not tempfile's: that would make a private folder.
-    work = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    # Not tempfile's, which would make a private folder; and no process id: in a container it is the
+    # same each time, and what a killed process left behind would be in the way.
+    work = folder.with_name(f".{folder.name}.{uuid4().hex}.tmp")
     work.mkdir()
     try:
         yield work
         _make_readable(work)
         _move_into_place(work, folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(work, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            raise OSError(
+                error.errno, f"cannot write '{folder}': {error.strerror}. Nothing was left behind"
+            ) from error
         raise
 
 
@@ -59,7 +72,7 @@ def _move_into_place(work: Path, folder: Path) -> None:
         os.replace(work, folder)
         return
     # A folder cannot replace one that holds files: the old one steps aside first.
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    old = folder.with_name(f".{folder.name}.{uuid4().hex}.old")
     os.replace(folder, old)
     try:
         os.replace(work, folder)

@@ -5,14 +5,23 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx
 
 from grains_ext.export.errors import GraphError
-from grains_ext.export.folder import GENAI_CONFIG_NAME, GRAPH_NAME, LIBRARY_NAME
+from grains_ext.export.folder import (
+    EMBEDDING_NAME,
+    GENAI_CONFIG_NAME,
+    GRAPH_NAME,
+    LIBRARY_NAME,
+    VISION_NAME,
+)
+from grains_ext.export.generate import PromptImages
+from grains_ext.export.vision_families import VisionFamily, family_of
+from grains_ext.export.vision_runtime import Prompt
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -21,6 +30,9 @@ if TYPE_CHECKING:
 
 # genai's name for a decoder that takes and gives what the names below say, of whatever family.
 _MODEL_TYPE = "decoder"
+
+# Inputs of a vision graph that genai lets a configuration name; others go by the graph's own names.
+_GENAI_PIXELS = ("pixel_values", "image_sizes", "image_grid_thw")
 
 _SAMPLE_TEXTS = ("The sky is blue.", "Größe: 12 €\n\n\tif x <= 3:")
 
@@ -35,11 +47,28 @@ def require_genai() -> ModuleType:
     return importlib.import_module("onnxruntime_genai")
 
 
+def genai_family(model: PreTrainedModel) -> VisionFamily | None:
+    """The family of a model that reads images; None for a model of text.
+
+    Raises GraphError where the decoder has to be told which tokens are an image's: genai does not.
+    """
+    family = family_of(model)
+    if family is not None and family.genai_type is None:
+        raise GraphError(
+            f"image tokens of models of type '{model.config.model_type}' attend to later ones, and "
+            "onnxruntime-genai does not tell the decoder which those are: export with "
+            "runtime='ort', and run the folder with `grains generate`"
+        )
+    return family
+
+
 def write_genai_config(model: PreTrainedModel, folder: Path) -> None:
     """Writes genai_config.json for the graph in `folder`, with the op library beside it.
 
-    Raises GraphError where the graph's caches differ in shape: genai knows one shape for all.
+    Raises GraphError where the graph's caches differ in shape: genai knows one shape for all; and
+    as `genai_family` does.
     """
+    family = genai_family(model)
     config = model.config.get_text_config(decoder=True)
     generation = model.generation_config
     caches, vocabulary = _shapes(folder / GRAPH_NAME)
@@ -60,12 +89,14 @@ def write_genai_config(model: PreTrainedModel, folder: Path) -> None:
         "eos_token_id": eos,
         "pad_token_id": first_eos if pad is None else pad,
     }
+    tokens = "input_ids" if family is None else "inputs_embeds"
     record = {
         "model": {
             **{name: value for name, value in ids.items() if value is not None},
-            "type": _MODEL_TYPE,
+            "type": _MODEL_TYPE if family is None else family.genai_type,
             "context_length": context,
             "vocab_size": vocabulary,
+            **({} if family is None else _vision_sections(model, family)),
             "decoder": {
                 "filename": GRAPH_NAME,
                 "session_options": {
@@ -79,7 +110,7 @@ def write_genai_config(model: PreTrainedModel, folder: Path) -> None:
                 "num_key_value_heads": heads,
                 "num_hidden_layers": len(caches),
                 "inputs": {
-                    "input_ids": "input_ids",
+                    tokens: tokens,
                     "attention_mask": "attention_mask",
                     "position_ids": "position_ids",
                     "past_key_names": "past_key_values.%d.key",
@@ -110,17 +141,53 @@ def write_genai_config(model: PreTrainedModel, folder: Path) -> None:
     (folder / GENAI_CONFIG_NAME).write_text(text, encoding="utf-8")
 
 
-def generate_with_genai(folder: Path, input_ids: Sequence[int], n_tokens: int) -> list[int]:
+def _vision_sections(model: PreTrainedModel, family: VisionFamily) -> dict[str, Any]:
+    config = model.config
+    names = ("image_token_id", "video_token_id", "vision_start_token_id")
+    ids = {name: getattr(config, name, None) for name in names}
+    merge = getattr(config.vision_config, "spatial_merge_size", None)
+    return {
+        **{name: value for name, value in ids.items() if value is not None},
+        "vision": {
+            "filename": VISION_NAME,
+            **({} if merge is None else {"spatial_merge_size": merge}),
+            "inputs": {name: name for name in family.pixels if name in _GENAI_PIXELS},
+            "outputs": {"image_features": "image_features"},
+        },
+        "embedding": {
+            "filename": EMBEDDING_NAME,
+            "inputs": {"input_ids": "input_ids", "image_features": "image_features"},
+            "outputs": {"inputs_embeds": "inputs_embeds"},
+        },
+    }
+
+
+def generate_with_genai(
+    folder: Path, prompt: Prompt, n_tokens: int, images: PromptImages | None = None
+) -> list[int]:
     """The greedy continuation of one prompt by onnxruntime-genai: at most n_tokens ids."""
     genai = require_genai()
     model = genai.Model(os.fspath(folder))
     parameters = genai.GeneratorParams(model)
-    parameters.set_search_options(do_sample=False, max_length=len(input_ids) + n_tokens)
+    parameters.set_search_options(do_sample=False, max_length=len(prompt.ids) + n_tokens)
     generator = genai.Generator(model, parameters)
-    generator.append_tokens([list(input_ids)])
+    if images is None:
+        generator.append_tokens([list(prompt.ids)])
+    else:
+        generator.set_inputs(_named_tensors(prompt, len(images.features)))
     while not generator.is_done():
         generator.generate_next_token()
-    return [int(token) for token in generator.get_sequence(0)][len(input_ids) :]
+    return [int(token) for token in generator.get_sequence(0)][len(prompt.ids) :]
+
+
+def _named_tensors(prompt: Prompt, n_image_tokens: int) -> Any:
+    """The prompt as genai's own processors would give it."""
+    tensors = require_genai().NamedTensors()
+    tensors["input_ids"] = np.array([prompt.ids], np.int32)
+    tensors["num_image_tokens"] = np.array([n_image_tokens], np.int64)
+    for name, value in prompt.pixels.items():
+        tensors[name] = np.ascontiguousarray(value)
+    return tensors
 
 
 def tokenizer_difference(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str | None:

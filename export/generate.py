@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from grains_ext.export.runtime import require_onnxruntime
+from grains_ext.export.folder import EMBEDDING_NAME
+from grains_ext.export.runtime import Provider, require_onnxruntime, session
 
 if TYPE_CHECKING:
-    from onnxruntime import InferenceSession, OrtValue
+    from onnxruntime import InferenceSession, OrtValue, SessionOptions
 
 PREFILL_TOKENS = 512
 """Prompt tokens in one pass: each has a row of logits as long as the vocabulary."""
 
 _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+Feeds = dict[str, NDArray[Any]]
+
+# These run over all positions up to a pass's last one; what else is fed, over the pass's own.
+_OVER_PAST = ("attention_mask", "token_type_ids")
+
+
+def embedding_beside(
+    graph: Path,
+    *,
+    session_options: SessionOptions | None = None,
+    providers: Sequence[Provider] | None = None,
+) -> InferenceSession | None:
+    """The session of the embedding graph that a decoder over embeddings has in its folder."""
+    path = graph.with_name(EMBEDDING_NAME)
+    if not path.is_file():
+        return None
+    return session(path, library=False, session_options=session_options, providers=providers)
 
 
 class Sampler:
@@ -52,11 +73,34 @@ class Sampler:
         return np.take_along_axis(order, places, axis=-1)[:, 0].astype(np.int64)
 
 
+@dataclass(frozen=True)
+class PromptImages:
+    """The images of a batch of prompts, as the decoder takes them in.
+
+    features: [image tokens, hidden], in the order of the image tokens, row by row.
+    is_image: bool [batch, tokens], which tokens those are.
+    position_ids: int64 [axes, batch, tokens], where a token of the model has several; else None.
+    """
+
+    features: NDArray[Any]
+    is_image: NDArray[np.bool_]
+    position_ids: NDArray[np.int64] | None = None
+
+    def __post_init__(self) -> None:
+        if self.is_image.sum() != len(self.features):
+            raise ValueError(
+                f"the prompts have {self.is_image.sum()} image tokens, and the images "
+                f"{len(self.features)} features: these prompts were not made for these images"
+            )
+
+
 class OnnxDecoder:
     """Runs a session with input_ids, attention_mask, position_ids and a key/value cache.
 
     session: as from `grains_ext.export.session`, of a graph with the input and output names that
         `export_model` documents; graphs without position_ids are served as well.
+    embedding: the session of the graph from input_ids and image_features to inputs_embeds, for a
+        decoder over embeddings.
     overrides: values fed at every step in the place of defaults in the graph, such as
         {"grains.strength": np.zeros(1, np.float32)}.
 
@@ -64,9 +108,13 @@ class OnnxDecoder:
     """
 
     def __init__(
-        self, session: InferenceSession, *, overrides: Mapping[str, NDArray[Any]] | None = None
+        self,
+        session: InferenceSession,
+        *,
+        embedding: InferenceSession | None = None,
+        overrides: Mapping[str, NDArray[Any]] | None = None,
     ) -> None:
-        self.session = session
+        self.session, self.embedding = session, embedding
         self._ort = require_onnxruntime()
         self._overrides = {
             name: self._ort.OrtValue.ortvalue_from_numpy(np.asarray(value))
@@ -75,14 +123,20 @@ class OnnxDecoder:
         inputs = {value.name: value for value in session.get_inputs()}
         self._past = {n: v for n, v in inputs.items() if n.startswith("past_key_values.")}
         plain = set(inputs) - set(self._past)
-        if not self._past or not {"input_ids", "attention_mask"} <= plain:
+        tokens = "input_ids" if embedding is None else "inputs_embeds"
+        if not self._past or not {tokens, "attention_mask"} <= plain:
+            over_embeddings = embedding is None and "inputs_embeds" in plain
             raise ValueError(
-                f"the graph's inputs are {sorted(inputs)}; expected input_ids, attention_mask "
+                f"the graph's inputs are {sorted(inputs)}; expected {tokens}, attention_mask "
                 "and past_key_values.{i}.key/value"
+                + ("; pass the session of its embedding.onnx" if over_embeddings else "")
             )
-        if unknown := plain - {"input_ids", "attention_mask", "position_ids"}:
+        if unknown := plain - {tokens, "position_ids", *_OVER_PAST}:
             raise ValueError(f"the graph has inputs that this decoder cannot feed: {unknown}")
-        self._takes_positions = "position_ids" in plain
+        self._takes = plain
+        # [batch, tokens], or [axes, batch, tokens].
+        positions = inputs["position_ids"].shape if "position_ids" in plain else []
+        self._position_axes = positions[0] if len(positions) == 3 else 0
         on_cuda = session.get_providers()[0] == "CUDAExecutionProvider"
         self._device = "cuda" if on_cuda else "cpu"
         self._presents = [name.replace("past_key_values", "present") for name in self._past]
@@ -92,25 +146,65 @@ class OnnxDecoder:
         input_ids: NDArray[np.int64],
         attention_mask: NDArray[np.int64],
         cache: list[OrtValue] | None = None,
+        images: PromptImages | None = None,
     ) -> tuple[NDArray[Any], list[OrtValue]]:
         """One forward pass.
 
         input_ids [batch, tokens]; attention_mask [batch, past + tokens], 0 for padding; cache as
         returned by the step before, None at the first. Positions count from each row's first
-        token that is not padding.
+        token that is not padding. images: of the prompts that the text began with, in every step.
 
         Returns logits [batch, tokens, vocabulary] and the cache of past + tokens.
         """
-        binding = self.session.io_binding()
-        feeds = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if self._takes_positions:
+        return self._run(self._feeds(input_ids, attention_mask, images), cache)
+
+    def _feeds(
+        self,
+        input_ids: NDArray[np.int64],
+        attention_mask: NDArray[np.int64],
+        images: PromptImages | None,
+    ) -> Feeds:
+        n_tokens, n_seen = input_ids.shape[1], attention_mask.shape[1]
+        feeds: Feeds = {"attention_mask": attention_mask}
+        if self.embedding is None:
+            if images is not None:
+                raise ValueError("the prompts have images, and this decoder takes text alone")
+            feeds["input_ids"] = input_ids
+        else:
+            at_prompt = images is not None and n_tokens == n_seen
+            feeds["inputs_embeds"] = self._embedded(input_ids, images if at_prompt else None)
+        if "position_ids" in self._takes:
             positions = np.maximum(attention_mask.cumsum(axis=1) - 1, 0)
-            feeds["position_ids"] = positions[:, -input_ids.shape[1] :]
+            if self._position_axes:
+                positions = _on_axes(positions, self._position_axes, images)
+            feeds["position_ids"] = positions[..., n_seen - n_tokens :]
+        if "token_type_ids" in self._takes:
+            types = np.zeros_like(attention_mask)
+            if images is not None:
+                types[:, : images.is_image.shape[1]] = images.is_image
+            feeds["token_type_ids"] = types
+        return feeds
+
+    def _embedded(self, input_ids: NDArray[np.int64], images: PromptImages | None) -> NDArray[Any]:
+        assert self.embedding is not None
+        [_, wanted] = self.embedding.get_inputs()
+        if images is None:
+            features = np.zeros((0, wanted.shape[1]), _NUMPY_TYPES[wanted.type])
+        else:
+            features = images.features.astype(_NUMPY_TYPES[wanted.type], copy=False)
+        feeds = {"input_ids": input_ids, "image_features": features}
+        [embeddings] = self.embedding.run(["inputs_embeds"], feeds)
+        return np.asarray(embeddings)
+
+    def _run(
+        self, feeds: Feeds, cache: list[OrtValue] | None
+    ) -> tuple[NDArray[Any], list[OrtValue]]:
+        binding = self.session.io_binding()
         for name, value in feeds.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(value))
         for name, default in self._overrides.items():
             binding.bind_ortvalue_input(name, default)
-        cache = self._empty_cache(len(input_ids)) if cache is None else cache
+        cache = self._empty_cache(len(feeds["attention_mask"])) if cache is None else cache
         for name, past in zip(self._past, cache, strict=True):
             binding.bind_ortvalue_input(name, past)
         binding.bind_output("logits", "cpu")
@@ -125,6 +219,7 @@ class OnnxDecoder:
         input_ids: NDArray[np.int64],
         attention_mask: NDArray[np.int64] | None = None,
         *,
+        images: PromptImages | None = None,
         max_new_tokens: int,
         eos_token_id: int | Collection[int] | None = None,
         sampler: Sampler | None = None,
@@ -134,6 +229,7 @@ class OnnxDecoder:
             self.stream(
                 input_ids,
                 attention_mask,
+                images=images,
                 max_new_tokens=max_new_tokens,
                 eos_token_id=eos_token_id,
                 sampler=sampler,
@@ -146,6 +242,7 @@ class OnnxDecoder:
         input_ids: NDArray[np.int64],
         attention_mask: NDArray[np.int64] | None = None,
         *,
+        images: PromptImages | None = None,
         max_new_tokens: int,
         eos_token_id: int | Collection[int] | None = None,
         sampler: Sampler | None = None,
@@ -154,7 +251,7 @@ class OnnxDecoder:
 
         input_ids [batch, tokens], padded on the left where attention_mask [batch, tokens] is 0.
         Rows go on after an eos_token_id, with the same one, until all rows have met one.
-        sampler: how a token is chosen; greedily if None.
+        images: of the prompts. sampler: how a token is chosen; greedily if None.
         """
         mask = np.ones_like(input_ids) if attention_mask is None else attention_mask
         choose = sampler or Sampler()
@@ -165,11 +262,10 @@ class OnnxDecoder:
         done = np.zeros(len(input_ids), dtype=bool)
         tokens = np.zeros(len(input_ids), dtype=np.int64)
         for _ in range(max_new_tokens):
+            feeds = self._feeds(input_ids, mask, images)
             start = mask.shape[1] - input_ids.shape[1]
-            for begin in range(0, input_ids.shape[1], PREFILL_TOKENS):
-                part = input_ids[:, begin : begin + PREFILL_TOKENS]
-                end = start + begin + part.shape[1]
-                logits, cache = self.step(part, mask[:, :end], cache)
+            for begin, end in self._passes(input_ids.shape[1], images):
+                logits, cache = self._run(_part(feeds, begin, end, start), cache)
             tokens = np.where(done, tokens, choose(logits[:, -1]))
             yield tokens
             done |= np.isin(tokens, ends)
@@ -177,6 +273,22 @@ class OnnxDecoder:
                 break
             input_ids = tokens[:, None]
             mask = np.concatenate([mask, np.ones_like(input_ids)], axis=1)
+
+    def _passes(self, n_tokens: int, images: PromptImages | None) -> Iterator[tuple[int, int]]:
+        """Where the passes over so many tokens begin and end.
+
+        A model whose image tokens attend to later ones reads an image in one pass.
+        """
+        is_image = np.zeros(n_tokens + 1, dtype=bool)
+        if images is not None and "token_type_ids" in self._takes and n_tokens > 1:
+            is_image[:n_tokens] = images.is_image.any(axis=0)
+        begin = 0
+        while begin < n_tokens:
+            end = min(begin + PREFILL_TOKENS, n_tokens)
+            while is_image[end - 1] and is_image[end]:
+                end += 1
+            yield begin, end
+            begin = end
 
     def _empty_cache(self, batch: int) -> list[OrtValue]:
         empty = []
@@ -190,3 +302,24 @@ class OnnxDecoder:
             array = np.zeros((batch, heads, 0, size), _NUMPY_TYPES[value.type])
             empty.append(self._ort.OrtValue.ortvalue_from_numpy(array, self._device, 0))
         return empty
+
+
+def _on_axes(
+    positions: NDArray[np.int64], axes: int, images: PromptImages | None
+) -> NDArray[np.int64]:
+    """[axes, batch, tokens]: the prompts' own, and after them each row's last one counted on."""
+    everywhere = np.broadcast_to(positions, (axes, *positions.shape))
+    if images is None or images.position_ids is None:
+        return everywhere
+    n_prompt = images.position_ids.shape[2]
+    lead = images.position_ids.max(axis=(0, 2)) - positions[:, n_prompt - 1]
+    return np.concatenate([images.position_ids, everywhere[..., n_prompt:] + lead[:, None]], axis=2)
+
+
+def _part(feeds: Feeds, begin: int, end: int, past: int) -> Feeds:
+    """What a pass over some of the tokens is fed."""
+    cuts = {
+        name: np.s_[:, : past + end] if name in _OVER_PAST else np.s_[:, begin:end]
+        for name in feeds
+    } | {"position_ids": np.s_[..., begin:end]}
+    return {name: value[cuts[name]] for name, value in feeds.items()}

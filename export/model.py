@@ -10,41 +10,48 @@ import shutil
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
 import grains_ext
 from grains_ext.export.bank import Bank
-from grains_ext.export.errors import GraphError
+from grains_ext.export.errors import ExportError, GraphError
 from grains_ext.export.folder import (
+    EMBEDDING_NAME,
     GRAPH_NAME,
     LIBRARY_NAME,
     README_NAME,
     RECORD_NAME,
     UNSTEERED_NAME,
+    VISION_NAME,
     replacing_folder,
     require_free,
 )
 from grains_ext.export.genai import (
+    genai_family,
     generate_with_genai,
     require_genai,
     tokenizer_difference,
     write_genai_config,
 )
-from grains_ext.export.generate import OnnxDecoder
+from grains_ext.export.generate import OnnxDecoder, embedding_beside
 from grains_ext.export.inject import inject
 from grains_ext.export.quantize import BITS, in_float_arithmetic, quantize_graph
 from grains_ext.export.readme import readme
 from grains_ext.export.runtime import ort_library_path, require_onnxruntime, session
 from grains_ext.export.surgery import Injected
-from grains_ext.export.trace import DEFAULT_OPSET, ExportError, export_graph
+from grains_ext.export.trace import DEFAULT_OPSET, export_graph
 from grains_ext.export.verify import Parity, verify_quantized
 from grains_ext.export.verify import verify as verify_graph
+from grains_ext.export.vision_families import family_of
+from grains_ext.export.vision_runtime import ImageReader, Prompt
+from grains_ext.export.vision_trace import export_embedding, export_vision
+from grains_ext.vision.encoding import encode_image_prompt
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
     from grains_ext.steering.vectors import SteeringVectors
 
@@ -60,7 +67,7 @@ _GENAI_TOKENS = 16
 
 def export_model(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None,
     vectors: SteeringVectors,
     folder: str | Path,
     *,
@@ -83,6 +90,13 @@ def export_model(
     optimum and onnxruntime-genai use. Beside it lie the model's configuration, its tokenizer,
     the vectors, genai_config.json, the op library, a README.md with the lines that run it, and
     `grains_export.json`: versions, steered sites, measured parity.
+
+    Of a vision-language model, `tokenizer` is the processor, and there are three graphs, as in
+    onnxruntime-genai's folders: `vision.onnx` makes image_features of what the processor gives,
+    `embedding.onnx` inputs_embeds of input_ids and image_features, and `model.onnx` takes
+    inputs_embeds in the place of input_ids. Where the family needs them it takes position_ids
+    [axes, batch, tokens], or token_type_ids [batch, past + tokens], 1 at image tokens. The steering
+    is in the decoder; `quantize` leaves the other two in float.
 
     strength: the default strength in the graph; `vectors.strength` if None.
     dtype: the graph's float type, "float32" or "float16"; the model's own if None. onnxruntime's
@@ -115,7 +129,10 @@ def export_model(
         require_onnxruntime()
     if runtime == "genai":
         require_genai()
+        _genai_family(model)
     wanted = _dtype(model, dtype)
+    family = family_of(model)
+    processor = None if family is None else _processor(model, tokenizer)
     vectors = vectors.with_strength(vectors.strength if strength is None else strength)
     # Raises here, not after the export, where the vectors do not fit the model or a graph.
     vectors.apply(model).remove()
@@ -124,7 +141,7 @@ def export_model(
         model = _prepared(model, wanted)
         _write_companions(model, tokenizer, vectors, work)
         build = _Build(
-            model, vectors, work,
+            model, vectors, work, processor,
             opset=opset, fuse=fuse, baked=baked,
             external_data=external_data, keep_unsteered=keep_unsteered,
         )  # fmt: skip
@@ -145,10 +162,15 @@ def export_model(
             opset=opset,
             first_token=first_token,
             genai=genai,
+            family=family,
+            chat=getattr(tokenizer, "chat_template", None) is not None,
+            image_token=(
+                None if processor is None else (model.config.image_token_id, processor.image_token)
+            ),
         )
         (work / README_NAME).write_text(text, encoding="utf-8")
         if runtime == "genai":
-            _check_genai(work, tokenizer)
+            _check_genai(work, tokenizer, processor)
         _write_record(work / RECORD_NAME, model, vectors, build.injected, opset, quantize, parity)
     return parity
 
@@ -161,6 +183,7 @@ class _Build:
         model: PreTrainedModel,
         vectors: SteeringVectors,
         work: Path,
+        processor: ProcessorMixin | None,
         *,
         opset: int,
         fuse: bool,
@@ -171,7 +194,7 @@ class _Build:
         if external_data is None:
             size = sum(p.numel() * p.element_size() for p in model.parameters())
             external_data = keep_unsteered or size > _EXTERNAL_ABOVE_BYTES
-        self.model, self.vectors, self.work = model, vectors, work
+        self.model, self.vectors, self.work, self.processor = model, vectors, work, processor
         self.opset, self.fuse, self.baked = opset, fuse, baked
         self.external_data, self.keep_unsteered = external_data, keep_unsteered
         self.steered, self.unsteered = work / GRAPH_NAME, work / UNSTEERED_NAME
@@ -182,11 +205,20 @@ class _Build:
         export_graph(self.model, self.steered, opset=self.opset, external_data=self.external_data)
         os.replace(self.steered, self.unsteered)
         self.injected = self._inject(self.unsteered, self.steered, baked=self.baked)
+        if self.processor is not None:
+            self._vision_graphs(self.processor)
         if not verified:
             return None
-        parity = verify_graph(self.model, self.vectors, self.steered)
+        parity = verify_graph(self.model, self.vectors, self.steered, processor=self.processor)
         self._require(parity.max_relative_error, "the steered logits differ from torch's", parity)
         return parity
+
+    def _vision_graphs(self, processor: ProcessorMixin) -> None:
+        family = family_of(self.model)
+        assert family is not None
+        how: Any = {"opset": self.opset, "external_data": self.external_data}
+        export_vision(self.model, processor, family, self.work / VISION_NAME, **how)
+        export_embedding(self.model, self.work / EMBEDDING_NAME, **how)
 
     def quantized_graph(self, scheme: str, parity: Parity | None) -> Parity | None:
         """Replaces both graphs by quantised ones. Measures where the float graph was measured."""
@@ -220,6 +252,7 @@ class _Build:
             self.model,
             self.vectors,
             parity,
+            processor=self.processor,
             steered=self.steered,
             unsteered=self.unsteered,
             exact_steered=exact_steered,
@@ -242,6 +275,20 @@ class _Build:
                 f"the exported graph is wrong: {what} by {error:.2e} of their largest value (at "
                 f"most {tolerance:.0e} is accepted): {parity}. Nothing was written"
             )
+
+
+def _processor(
+    model: PreTrainedModel, given: PreTrainedTokenizerBase | ProcessorMixin | None
+) -> ProcessorMixin:
+    """The processor of a model that reads images. Raises where what was given is none."""
+    model_type = model.config.model_type
+    if not hasattr(given, "image_processor") or not hasattr(given, "tokenizer"):
+        found = "nothing" if given is None else type(given).__name__
+        raise ValueError(
+            f"models of type '{model_type}' read images: pass the processor "
+            f"(grains_ext.vision.load_processor), not {found}"
+        )
+    return given
 
 
 def _dtype(model: PreTrainedModel, dtype: torch.dtype | str | None) -> torch.dtype:
@@ -269,7 +316,7 @@ def _prepared(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 def _write_companions(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None,
     vectors: SteeringVectors,
     work: Path,
 ) -> None:
@@ -301,18 +348,37 @@ def _write_genai(model: PreTrainedModel, work: Path, *, required: bool) -> bool:
     return True
 
 
-def _check_genai(work: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+def _genai_family(model: PreTrainedModel) -> None:
+    """Raises ExportError where onnxruntime-genai runs no model of this family."""
+    try:
+        genai_family(model)
+    except GraphError as error:
+        raise ExportError(str(error)) from error
+
+
+def _check_genai(
+    work: Path,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None,
+    processor: ProcessorMixin | None,
+) -> None:
     """Raises ExportError where onnxruntime-genai gives other tokens than onnxruntime."""
-    prompt = [1, 5, 3, 2, 4]
-    decoder = OnnxDecoder(session(work / GRAPH_NAME))
-    expected = decoder.generate(np.array([prompt]), max_new_tokens=_GENAI_TOKENS)[0].tolist()
-    found = generate_with_genai(work, prompt, _GENAI_TOKENS)
+    graph = work / GRAPH_NAME
+    decoder = OnnxDecoder(session(graph), embedding=embedding_beside(graph))
+    prompt = Prompt([1, 5, 3, 2, 4]) if processor is None else _pictured(processor)
+    images = None if processor is None else ImageReader(work).batch([prompt]).images
+    ids = list(prompt.ids)
+    steps = decoder.generate(np.array([ids]), images=images, max_new_tokens=_GENAI_TOKENS)
+    expected = steps[0].tolist()
+    found = generate_with_genai(work, prompt, _GENAI_TOKENS, images)
     # It ends a text at its end token.
     if not found or found != expected[: len(found)]:
         raise ExportError(
-            f"onnxruntime-genai continues {prompt} with {found}, onnxruntime with {expected}. "
+            f"onnxruntime-genai continues {ids} with {found}, onnxruntime with {expected}. "
             "Nothing was written; export with runtime='ort'"
         )
+    if processor is not None:
+        # Prompts come from the processor: genai's own tokenizer has no part in it.
+        return
     difference = None if tokenizer is None else tokenizer_difference(work, tokenizer)
     if difference is not None:
         warnings.warn(
@@ -322,10 +388,21 @@ def _check_genai(work: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
         )
 
 
-def _first_token(tokenizer: PreTrainedTokenizerBase | None) -> int | None:
+def _pictured(processor: ProcessorMixin) -> Prompt:
+    """A prompt with a picture, written by the chat template where there is one."""
+    picture = np.random.default_rng(0).integers(0, 256, (80, 120, 3), dtype=np.uint8)
+    question = "What is this?"
+    prompt: Any = [{"role": "user", "content": question}]
+    if getattr(processor, "chat_template", None) is None:
+        prompt = f"{processor.image_token} {question}"
+    return Prompt(*encode_image_prompt(processor, prompt, [picture]))
+
+
+def _first_token(tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None) -> int | None:
     """What the tokenizer begins every text with."""
     if tokenizer is None:
         return None
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     ids = {tuple(tokenizer(text).input_ids[:1]) for text in ("a", "1", "?")}
     first = ids.pop() if len(ids) == 1 else ()
     return first[0] if first and first[0] in tokenizer.all_special_ids else None

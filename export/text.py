@@ -1,9 +1,10 @@
-"""Text from an exported folder: onnxruntime and tokenizers, no torch."""
+"""Text from an exported folder: onnxruntime and tokenizers, no torch (but for images)."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,11 @@ import numpy as np
 
 from grains_ext.encoding import encode_prompt
 from grains_ext.export.bank import STRENGTH_NAME
-from grains_ext.export.folder import GENAI_CONFIG_NAME, GRAPH_NAME
-from grains_ext.export.generate import OnnxDecoder, Sampler
+from grains_ext.export.folder import CONFIG_NAME, GENAI_CONFIG_NAME, GRAPH_NAME, VISION_NAME
+from grains_ext.export.generate import OnnxDecoder, Sampler, embedding_beside
 from grains_ext.export.runtime import Provider, session
 from grains_ext.export.tokenizing import FileTokenizer, TokenizerSettings
+from grains_ext.export.vision_runtime import ImageReader, Prompt, image_token_id
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,6 +33,8 @@ class TextGenerator:
     """Writes text with a folder that `export_model` made.
 
     A folder of onnxruntime-genai's model builder, its graph steered by `inject`, does as well.
+    Prompts with images, to a vision-language model, go through the processor in the folder:
+    transformers, torch and Pillow are imported for those.
 
     strength: of the steering, in the place of the graph's own; 0 switches it off.
     session_options, providers: as for `session`. The op library is this package's, not the copy in
@@ -62,25 +66,67 @@ class TextGenerator:
                     "baked=True. Export it again without, or leave the strength out"
                 )
             overrides[STRENGTH_NAME] = np.full(shapes[STRENGTH_NAME], strength, np.float32)
-        self.decoder = OnnxDecoder(runtime, overrides=overrides)
+        self._folder = folder
+        self._options: Any = {"session_options": session_options, "providers": providers}
+        embedding = embedding_beside(folder / GRAPH_NAME, **self._options)
+        self.decoder = OnnxDecoder(runtime, embedding=embedding, overrides=overrides)
+        self._image_token_id = image_token_id(_json(folder / CONFIG_NAME))
         self._ends = _end_tokens(folder)
         self._context = _context_length(folder)
 
-    def encode(self, prompt: str | list[Message]) -> list[int]:
+    def encode(self, prompt: str | list[Message], images: Sequence[Any] = ()) -> list[int]:
         """Token ids; messages go through the chat template. Raises ValueError where there is none,
         or where the prompt leaves no room in the model's context."""
-        ids = list(encode_prompt(self.tokenizer, prompt))
-        if self._context is not None and len(ids) >= self._context:
+        return list(self._encoded(prompt, images).ids)
+
+    def _encoded(self, prompt: str | list[Message], images: Sequence[Any]) -> Prompt:
+        if images:
+            encoded = self._encoded_with(prompt, images)
+        else:
+            encoded = Prompt(encode_prompt(self.tokenizer, prompt))
+            if self._image_token_id in encoded.ids:
+                raise ValueError(
+                    "the prompt has a place for an image, and no image is given with it"
+                )
+        if self._context is not None and len(encoded.ids) >= self._context:
             raise ValueError(
-                f"the prompt has {len(ids)} tokens, and the model's context ends at "
+                f"the prompt has {len(encoded.ids)} tokens, and the model's context ends at "
                 f"{self._context}: shorten it"
             )
-        return ids
+        return encoded
+
+    def _encoded_with(self, prompt: str | list[Message], images: Sequence[Any]) -> Prompt:
+        if not (self._folder / VISION_NAME).is_file():
+            raise ValueError(
+                f"images were given, and '{self._folder}' has no {VISION_NAME}: it holds a model "
+                "of text. Export a vision-language model, with its processor"
+            )
+        from grains_ext.vision import encode_image_prompt
+
+        processor = self._processor
+        if isinstance(prompt, str) and processor.image_token not in prompt:
+            # It does not say where the images stand: before what is said of them.
+            if getattr(processor, "chat_template", None):
+                prompt = [{"role": "user", "content": prompt}]
+            else:
+                prompt = "".join(f"{processor.image_token} " for _ in images) + prompt
+        return Prompt(*encode_image_prompt(processor, prompt, images))
+
+    @cached_property
+    def _processor(self) -> Any:
+        from grains_ext.vision import load_processor
+
+        return load_processor(str(self._folder))
+
+    @cached_property
+    def _images(self) -> ImageReader:
+        return ImageReader(self._folder, **self._options)
 
     def stream(
         self,
         prompt: str | list[Message],
         *,
+        images: Sequence[Any] = (),
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -89,15 +135,24 @@ class TextGenerator:
         """Each new token and the text that it completes, which may be empty.
 
         It ends after max_new_tokens, at an end token, or where the model's context is full.
+        images: paths, PIL images or arrays, one for each image token of the prompt, or image part
+            of its messages. A prompt that has none is sent as a user's message with the images in
+            front, or, where the model has no chat template, as text with them in front.
         temperature, top_p, seed: as for `Sampler`.
         """
         sampler = Sampler(temperature=temperature, top_p=top_p, seed=seed)
-        ids = self.encode(prompt)
+        encoded = self._encoded(prompt, images)
+        ids = list(encoded.ids)
         if self._context is not None:
             max_new_tokens = min(max_new_tokens, self._context - len(ids))
         text = _TextStream(self.tokenizer, ids)
+        batch = self._images.batch([encoded]) if images else None
         tokens = self.decoder.stream(
-            np.array([ids]), max_new_tokens=max_new_tokens, eos_token_id=self._ends, sampler=sampler
+            np.array([ids]),
+            images=None if batch is None else batch.images,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=self._ends,
+            sampler=sampler,
         )
         for n, row in enumerate(tokens, start=1):
             token = int(row[0])
@@ -168,7 +223,7 @@ def load_tokenizer(folder: Path) -> FileTokenizer:
 def _end_tokens(folder: Path) -> frozenset[int]:
     for facts in (
         _json(folder / "generation_config.json"),
-        _json(folder / "config.json"),
+        _json(folder / CONFIG_NAME),
         _json(folder / GENAI_CONFIG_NAME).get("model", {}),
     ):
         ends = facts.get("eos_token_id")
@@ -178,7 +233,7 @@ def _end_tokens(folder: Path) -> frozenset[int]:
 
 
 def _context_length(folder: Path) -> int | None:
-    config = _json(folder / "config.json")
+    config = _json(folder / CONFIG_NAME)
     config = config.get("text_config", config)
     length: int | None = (
         config.get("max_position_embeddings")

@@ -14,17 +14,16 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from grains_ext.export.errors import ExportError
+from grains_ext.export.vision_families import VisionFamily, family_of
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DEFAULT_OPSET = 20
 """The newest that onnxruntime 1.20, the oldest that the op library serves, runs in full."""
 
-_INPUTS = ("input_ids", "attention_mask", "position_ids", "past_key_values")
-
-
-class ExportError(RuntimeError):
-    """The model does not export, or the exported graph does not compute what the model does."""
+_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values")
 
 
 def export_graph(
@@ -39,33 +38,74 @@ def export_graph(
     Raises ExportError, naming the model's family, where it has no plain key/value cache or
     torch.onnx.export refuses it.
     """
-    family = model.config.model_type
-    if opset < 18:
-        raise ValueError(f"opset is {opset}; steered graphs need 18 or more")
-    unknown = [n for n in _INPUTS if n not in inspect.signature(model.forward).parameters]
+    family = family_of(model)
+    model_type = model.config.model_type
+    unknown = [n for n in _ARGUMENTS if n not in inspect.signature(model.forward).parameters]
     if unknown:
         raise ExportError(
-            f"models of type '{family}' cannot be exported: their forward takes no "
+            f"models of type '{model_type}' cannot be exported: their forward takes no "
             f"{', '.join(unknown)}. Export with another tool and steer the file with inject()"
         )
-    if getattr(model.config, "vision_config", None) is not None:
-        raise ExportError(
-            f"models of type '{family}' read images, which this graph of text alone would not. "
-            "Export its parts with transformers.exporters.OnnxExporter().export_for_generation and "
-            "steer them with inject()"
+    with evaluating(model):
+        arguments = _example(model, family)
+        export_module(
+            _CachedDecoder(model),
+            arguments,
+            path,
+            what=f"this model of type '{model_type}'",
+            dynamic_shapes=_dynamic_shapes(arguments),
+            input_names=[*arguments["inputs"], *_cache_names("past_key_values", arguments)],
+            output_names=["logits", *_cache_names("present", arguments)],
+            opset=opset,
+            external_data=external_data,
         )
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, knowing of no prompt before, and as it was afterwards."""
     training = model.training
+    # Qwen's vision-language models count positions on from the last prompt's images.
+    counting: list[Any] = [m for m in model.modules() if hasattr(m, "rope_deltas")]
+    before = [module.rope_deltas for module in counting]
     model.eval()
+    for module in counting:
+        module.rope_deltas = None
     try:
-        arguments = _example(model)
+        yield
+    finally:
+        model.train(training)
+        for module, deltas in zip(counting, before, strict=True):
+            module.rope_deltas = deltas
+
+
+def export_module(
+    module: nn.Module,
+    arguments: dict[str, Any],
+    path: str | Path,
+    *,
+    what: str,
+    dynamic_shapes: dict[str, Any],
+    input_names: list[str],
+    output_names: list[str],
+    opset: int,
+    external_data: bool,
+) -> None:
+    """Writes the graph of a module called with keyword arguments.
+
+    what: the module's name in the error. Raises ExportError where torch.onnx.export refuses it.
+    """
+    if opset < 18:
+        raise ValueError(f"opset is {opset}; steered graphs need 18 or more")
+    try:
         with quiet():
             program = torch.onnx.export(
-                _CachedDecoder(model),
+                module,
                 (),
                 kwargs=arguments,
-                dynamic_shapes=_dynamic_shapes(len(arguments["past"])),
-                input_names=[*_INPUTS[:3], *_cache_names("past_key_values", arguments)],
-                output_names=["logits", *_cache_names("present", arguments)],
+                dynamic_shapes=dynamic_shapes,
+                input_names=input_names,
+                output_names=output_names,
                 opset_version=opset,
                 dynamo=True,
                 verbose=False,
@@ -74,11 +114,9 @@ def export_graph(
         raise
     except Exception as error:
         raise ExportError(
-            f"torch.onnx.export does not carry this model of type '{family}': {error}. Export "
-            "it with another tool and steer the file with inject()"
+            f"torch.onnx.export does not carry {what}: {error}. Export it with another tool and "
+            "steer the file with inject()"
         ) from error
-    finally:
-        model.train(training)
     assert program is not None
     _divide_by_roots(program.model.graph)
     program.save(str(path), external_data=external_data)
@@ -127,24 +165,16 @@ class _CachedDecoder(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        position_ids: Tensor,
+        inputs: dict[str, Tensor],
         past: list[tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, ...]:
         cache = Cache(layers=[_PastLayer(keys, values) for keys, values in past])
-        output = self.decoder(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-        )
+        output = self.decoder(**inputs, past_key_values=cache, use_cache=True)
         present = (tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
         return (output.logits, *present)
 
 
-def _example(model: PreTrainedModel) -> dict[str, Any]:
+def _example(model: PreTrainedModel, family: VisionFamily | None) -> dict[str, Any]:
     """Traced arguments. No size is 0 or 1: the tracer would take those for constants."""
     batch, tokens, past_tokens = 2, 3, 5
     device = model.device
@@ -153,6 +183,7 @@ def _example(model: PreTrainedModel) -> dict[str, Any]:
     with torch.no_grad():
         # A cache of our own: the model's would drop what lies outside a sliding window.
         output = model(input_ids=ids, past_key_values=DynamicCache(), use_cache=True)
+        embeddings = model.get_input_embeddings()(ids)
     cache = output.past_key_values
     layers = getattr(cache, "layers", [])
     past = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
@@ -165,23 +196,29 @@ def _example(model: PreTrainedModel) -> dict[str, Any]:
             f"models of type '{model.config.model_type}' cannot be exported: their cache is not "
             "one key and one value tensor [batch, heads, tokens, size] per decoder block"
         )
-    positions = torch.arange(past_tokens, past_tokens + tokens, device=device)
-    return {
-        "input_ids": ids[:, :tokens].contiguous(),
-        "attention_mask": torch.ones(batch, past_tokens + tokens, dtype=torch.long, device=device),
-        "position_ids": positions.repeat(batch, 1),
-        "past": past,
-    }
+    positions = torch.arange(past_tokens, past_tokens + tokens, device=device).repeat(batch, 1)
+    mask = torch.ones(batch, past_tokens + tokens, dtype=torch.long, device=device)
+    inputs = {"input_ids": ids} if family is None else {"inputs_embeds": embeddings}
+    inputs = {name: value[:, :tokens].contiguous() for name, value in inputs.items()}
+    inputs |= {"attention_mask": mask, "position_ids": positions}
+    if family is not None and family.position_axes is not None:
+        inputs["position_ids"] = positions.repeat(family.position_axes, 1, 1)
+    if family is not None and family.bidirectional:
+        inputs["token_type_ids"] = torch.zeros_like(mask)
+    return {"inputs": inputs, "past": past}
 
 
-def _dynamic_shapes(n_blocks: int) -> dict[str, Any]:
-    past = {0: "batch_size", 2: "past_sequence_length"}
-    return {
-        "input_ids": {0: "batch_size", 1: "sequence_length"},
-        "attention_mask": {0: "batch_size", 1: "total_sequence_length"},
-        "position_ids": {0: "batch_size", 1: "sequence_length"},
-        "past": [(past, past)] * n_blocks,
-    }
+_BATCH, _TOKENS, _TOTAL = "batch_size", "sequence_length", "total_sequence_length"
+
+
+def _dynamic_shapes(arguments: dict[str, Any]) -> dict[str, Any]:
+    past = {0: _BATCH, 2: "past_sequence_length"}
+    inputs = {}
+    for name, value in arguments["inputs"].items():
+        first = value.ndim - 2 if name == "position_ids" else 0
+        whole = name in ("attention_mask", "token_type_ids")
+        inputs[name] = {first: _BATCH, first + 1: _TOTAL if whole else _TOKENS}
+    return {"inputs": inputs, "past": [(past, past)] * len(arguments["past"])}
 
 
 def _cache_names(prefix: str, arguments: dict[str, Any]) -> list[str]:

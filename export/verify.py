@@ -15,19 +15,28 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from grains_ext.encoding import encode_prompt
 from grains_ext.export.bank import STRENGTH_NAME
+from grains_ext.export.folder import VISION_NAME
 from grains_ext.export.functions import DOMAIN
-from grains_ext.export.generate import OnnxDecoder
+from grains_ext.export.generate import OnnxDecoder, PromptImages, embedding_beside
 from grains_ext.export.runtime import Provider, require_onnxruntime, session
+from grains_ext.export.trace import evaluating
+from grains_ext.export.vision_runtime import ImageReader, Prompt
+from grains_ext.vision.encoding import encode_image_prompt
 
 if TYPE_CHECKING:
     from onnxruntime import SessionOptions
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, ProcessorMixin
 
     from grains_ext.steering.vectors import SteeringVectors
 
 # Rows of unlike length, so that the batch has left padding; one row is full.
 _PROMPT_LENGTHS = (11, 4, 7)
+
+# For models that read images, with a picture of another shape for each {}.
+_IMAGE_PROMPTS = ("The sky {} is over {} the", "{} What is this?", "One plus two are three.")
+_IMAGE_SIZES = ((120, 80), (64, 96), (150, 150))
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,7 @@ def verify(
     vectors: SteeringVectors,
     onnx_path: str | Path,
     *,
+    processor: ProcessorMixin | None = None,
     strength: float | None = None,
     steps: int = 32,
     seed: int = 0,
@@ -106,12 +116,16 @@ def verify(
     Three random prompts of unlike length, padded on the left, are run through prefill and `steps`
     cached steps. The tokens are the torch model's greedy choice, so that both see the same text.
 
+    processor: for a vision-language model, whose vision.onnx and embedding.onnx lie beside the
+        graph: two of the prompts then have images, one and two of them, and the torch model reads
+        each prompt by itself, from the processor's own output.
     strength: the one that the graph was made with; `vectors.strength` if None.
     library: also compares onnxruntime with the op library.
     """
     onnx_path = Path(onnx_path)
     strength = vectors.strength if strength is None else strength
-    reference = _torch_reference(model, vectors, strength, steps, seed)
+    text = _text(model, processor, onnx_path, steps, seed)
+    reference = text.hooked(vectors, strength)
     runtimes = [
         reference.compare(_run(onnx_path, reference, library=with_library, providers=providers))
         for with_library in ([False, True] if library else [False])
@@ -129,6 +143,7 @@ def verify_quantized(
     vectors: SteeringVectors,
     parity: Parity,
     *,
+    processor: ProcessorMixin | None = None,
     steered: Path,
     unsteered: Path,
     exact_steered: Path,
@@ -141,8 +156,8 @@ def verify_quantized(
     steered, unsteered: the quantised graphs. exact_*: the same in float arithmetic (see
         quantize.in_float_arithmetic), the steered one injected without `baked`.
     """
-    plain = _torch_reference(model, vectors, 0.0, steps, seed)
-    hooked = _torch_reference(model, vectors, vectors.strength, steps, seed)
+    text = _text(model, processor, steered, steps, seed)
+    plain, hooked = text.hooked(vectors, 0.0), text.hooked(vectors, vectors.strength)
     stock = hooked.of(_run(exact_steered, hooked, library=False))
     quantized = plain.of(_run(exact_unsteered, plain, library=False))
     off = {STRENGTH_NAME: np.zeros(1, np.float32)}
@@ -209,13 +224,15 @@ def _prompts(model: PreTrainedModel, seed: int) -> tuple[Tensor, Tensor]:
 class _Reference:
     """Prompts [rows, tokens] with their mask, the tokens that follow them, and logits.
 
-    tokens: of each cached step, [rows, 1]. logits: of the prompts, then of each step.
+    tokens: of each cached step, [rows, 1]. logits: of the prompts, then of each step. images: of
+    the prompts, as onnxruntime reads them.
     """
 
     prompts: NDArray[np.int64]
     mask: NDArray[np.int64]
     tokens: list[NDArray[np.int64]]
     logits: list[NDArray[np.float32]]
+    images: PromptImages | None = None
 
     def of(self, logits: list[NDArray[np.float32]]) -> _Reference:
         """The same text with the logits of something else."""
@@ -233,35 +250,112 @@ class _Reference:
         )
 
 
-@torch.no_grad()
-def _torch_reference(
-    model: PreTrainedModel, vectors: SteeringVectors, strength: float, steps: int, seed: int
-) -> _Reference:
-    """The greedy tokens and the logits of the hooked model."""
-    prompts, prompt_mask = _prompts(model, seed)
-    training = model.training
-    model.eval()
-    tokens, logits = [], []
-    ids, mask, cache = prompts, prompt_mask, None
-    try:
-        with vectors.applied(model, strength=strength):
-            for _ in range(steps + 1):
-                positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-                output = model(
-                    input_ids=ids.to(model.device),
-                    attention_mask=mask.to(model.device),
-                    position_ids=positions.to(model.device),
-                    past_key_values=cache,
-                    use_cache=True,
-                )
-                cache = output.past_key_values
-                logits.append(output.logits.float().cpu().numpy())
-                ids = output.logits[:, -1:].argmax(-1).cpu()
-                tokens.append(ids.numpy())
-                mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-    finally:
-        model.train(training)
-    return _Reference(prompts.numpy(), prompt_mask.numpy(), tokens[:-1], logits)
+@dataclass(frozen=True)
+class _RandomText:
+    """Prompts of random tokens, in one batch."""
+
+    model: PreTrainedModel
+    steps: int
+    seed: int
+
+    @torch.no_grad()
+    def hooked(self, vectors: SteeringVectors, strength: float) -> _Reference:
+        """The greedy tokens and the logits of the hooked model."""
+        prompts, mask = _prompts(self.model, self.seed)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        inputs = {"input_ids": prompts, "attention_mask": mask, "position_ids": positions}
+        with evaluating(self.model), vectors.applied(self.model, strength=strength):
+            tokens, logits = _continued(self.model, inputs, self.steps)
+        return _Reference(prompts.numpy(), mask.numpy(), tokens, logits)
+
+
+@dataclass(frozen=True)
+class _PicturedText:
+    """Prompts with pictures of noise, each by itself in torch and all in one batch elsewhere.
+
+    folder: where vision.onnx lies.
+    """
+
+    model: PreTrainedModel
+    processor: ProcessorMixin
+    folder: Path
+    steps: int
+    seed: int
+
+    @torch.no_grad()
+    def hooked(self, vectors: SteeringVectors, strength: float) -> _Reference:
+        """The greedy tokens and the logits of the hooked model."""
+        prompts = self._prompts()
+        rows = []
+        for prompt in prompts:
+            ids = torch.tensor([prompt.ids])
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **prompt.pixels}
+            with evaluating(self.model), vectors.applied(self.model, strength=strength):
+                rows.append(_continued(self.model, inputs, self.steps))
+        batch = ImageReader(self.folder).batch(prompts)
+        width = batch.input_ids.shape[1]
+        for _, logits in rows:
+            logits[0] = np.pad(logits[0], ((0, 0), (width - logits[0].shape[1], 0), (0, 0)))
+        tokens, logits = (
+            [np.concatenate(step) for step in zip(*steps, strict=True)]
+            for steps in zip(*rows, strict=True)
+        )
+        return _Reference(
+            batch.input_ids, batch.attention_mask, tokens, logits, images=batch.images
+        )
+
+    def _prompts(self) -> list[Prompt]:
+        random = np.random.default_rng(self.seed)
+        pictures = (
+            random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+            for width, height in _IMAGE_SIZES
+        )
+        prompts = []
+        for text in _IMAGE_PROMPTS:
+            chosen = [next(pictures) for _ in range(text.count("{}"))]
+            text = text.replace("{}", self.processor.image_token)
+            if chosen:
+                prompts.append(Prompt(*encode_image_prompt(self.processor, text, chosen)))
+            else:
+                prompts.append(Prompt(encode_prompt(self.processor, text)))
+        return prompts
+
+
+def _text(
+    model: PreTrainedModel, processor: ProcessorMixin | None, graph: Path, steps: int, seed: int
+) -> _RandomText | _PicturedText:
+    if not graph.with_name(VISION_NAME).is_file():
+        return _RandomText(model, steps, seed)
+    if processor is None:
+        raise ValueError(f"'{graph.parent}' holds a model that reads images: pass its processor")
+    return _PicturedText(model, processor, graph.parent, steps, seed)
+
+
+def _continued(
+    model: PreTrainedModel, inputs: dict[str, Tensor], steps: int
+) -> tuple[list[NDArray[np.int64]], list[NDArray[np.float32]]]:
+    """The model's greedy tokens after its inputs, [rows, 1] each, and the logits on the way.
+
+    Positions count on from the prompt's tokens, shifted by what the model says of its images.
+    """
+    inputs = {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
+        for name, value in inputs.items()
+    }
+    mask = inputs["attention_mask"]
+    tokens, logits, cache = [], [], None
+    for _ in range(steps + 1):
+        output = model(**inputs, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        logits.append(output.logits.float().cpu().numpy())
+        ids = output.logits[:, -1:].argmax(-1)
+        tokens.append(ids.cpu().numpy())
+        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+        shifts = [m.rope_deltas for m in model.modules() if hasattr(m, "rope_deltas")]
+        shift = next((deltas for deltas in shifts if deltas is not None), 0)
+        positions = mask.sum(1, keepdim=True) - 1 + shift
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    return tokens[:-1], logits
 
 
 def _run(
@@ -276,12 +370,13 @@ def _run(
     runtime = session(
         onnx_path, library=library, session_options=_quiet_options(), providers=providers
     )
-    decoder = OnnxDecoder(runtime, overrides=overrides)
+    embedding = embedding_beside(onnx_path, providers=providers)
+    decoder = OnnxDecoder(runtime, embedding=embedding, overrides=overrides)
     mask = text.mask
-    logits, cache = decoder.step(text.prompts, mask)
+    logits, cache = decoder.step(text.prompts, mask, images=text.images)
     all_logits = [logits.astype(np.float32)]
     for ids in text.tokens:
         mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
-        logits, cache = decoder.step(ids, mask, cache)
+        logits, cache = decoder.step(ids, mask, cache, text.images)
         all_logits.append(logits.astype(np.float32))
     return all_logits

@@ -19,6 +19,7 @@ from grains_ext.export.genai import (
     tokenizer_difference,
     write_genai_config,
 )
+from grains_ext.export.vision_runtime import Prompt
 from tests.exports import exported_llama, random_vectors
 from tests.models import VOCAB_SIZE, tiny_model, tiny_tokenizer
 
@@ -59,7 +60,7 @@ def test_the_tokens_are_those_of_the_hooked_model(
     monkeypatch.chdir(tmp_path)
     expected = expected_tokens(exported.model, exported.vectors, 24)
     assert expected != expected_tokens(exported.model, exported.vectors.with_strength(0.0), 24)
-    assert generate_with_genai(exported.folder, PROMPT, 24) == expected
+    assert generate_with_genai(exported.folder, Prompt(PROMPT), 24) == expected
 
 
 def test_the_op_library_is_loaded(tmp_path: Path) -> None:
@@ -71,7 +72,7 @@ def test_the_op_library_is_loaded(tmp_path: Path) -> None:
     assert (folder / options["custom_ops_library"]).is_file()
     options["enable_profiling"] = str(tmp_path / "profile")
     path.write_text(json.dumps(config))
-    generate_with_genai(folder, PROMPT, 2)
+    generate_with_genai(folder, Prompt(PROMPT), 2)
     [profile] = tmp_path.glob("profile*.json")
     ops = {event.get("args", {}).get("op_name") for event in json.loads(profile.read_text())}
     assert "SkipSteerRmsNorm" in ops
@@ -139,7 +140,7 @@ def test_an_export_for_genai_runs_it(family: str, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="token ids"):
         export.export_model(model, tiny_tokenizer(), vectors, tmp_path / "out", runtime="genai")
     expected = expected_tokens(model, vectors, 16)
-    assert generate_with_genai(tmp_path / "out", PROMPT, 16) == expected
+    assert generate_with_genai(tmp_path / "out", Prompt(PROMPT), 16) == expected
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, ProcessorMixin
 
+from grains_ext.decoder import DecoderView
 from grains_ext.vision.processors import without_video
 from tests.models import HIDDEN_SIZE, N_HEADS, scale_weights, tiny_tokenizer
 
@@ -284,11 +285,19 @@ VISION_FAMILIES = tuple(_BUILDERS)
 
 
 def tiny_vlm(
-    family: str, *, dtype: torch.dtype = torch.float32
+    family: str, *, dtype: torch.dtype = torch.float32, n_blocks: int = N_BLOCKS
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """(model, processor): 3 text blocks of width 32, a tower of 2, weights drawn as in models.py.
 
     The towers see squares of 16 x 16 pixels (Qwen: any size, in units of 8) in patches of 4.
+    n_blocks: less text blocks, the first ones.
     """
     model, processor = _BUILDERS[family]()
+    if n_blocks < N_BLOCKS:
+        view = DecoderView.of(model)
+        view.stack.layers = view.stack.layers[:n_blocks]
+        config = model.config.get_text_config()
+        config.num_hidden_layers = n_blocks
+        if getattr(config, "layer_types", None) is not None:
+            config.layer_types = config.layer_types[:n_blocks]
     return model.to(dtype), processor

@@ -8,7 +8,7 @@ from grains_ext.vision.capture import (
     repeat_rows,
     replaying,
 )
-from grains_ext.vision.encoding import EncodedImagePair, encode_image_pair
+from grains_ext.vision.encoding import EncodedImagePair, encode_image_pair, encode_image_prompt
 from grains_ext.vision.grid import ImageGrid
 from grains_ext.vision.images import blurred, open_image
 from grains_ext.vision.processors import load_processor
@@ -22,6 +22,7 @@ __all__ = [
     "blurred",
     "capture_prompt",
     "encode_image_pair",
+    "encode_image_prompt",
     "image_baseline_embeddings",
     "load_processor",
     "open_image",

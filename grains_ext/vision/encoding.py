@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from grains_ext.encoding import EncodedPair, encode_text, prompt_text
+from grains_ext.encoding import EncodedPair, TokenIds, encode_text, prompt_text
 from grains_ext.pairs import Message, PreferencePair
 from grains_ext.vision.images import open_image
 
@@ -51,13 +51,74 @@ def encode_image_pair(
     Raises ValueError where an image does not open, for a processor that takes no images, for
     another number of image places than images, and as encode_continuation does.
     """
+    prompt = _processed(processor, pair.prompt, images or pair.images or ())
+    prompt_ids, [chosen_ids, rejected_ids] = encode_text(
+        processor.tokenizer,
+        prompt.text,
+        [pair.chosen, pair.rejected],
+        separator="" if prompt.templated and separator is None else separator,
+        add_special_tokens=prompt.add_special_tokens,
+    )
+    return EncodedImagePair(
+        pair=EncodedPair(prompt_ids, chosen_ids, rejected_ids),
+        inputs=prompt.inputs(processor, prompt_ids),
+        images=prompt.images,
+        expansions=prompt.expansions,
+    )
+
+
+def encode_image_prompt(
+    processor: Any, prompt: str | list[Message], images: Sequence[Any]
+) -> tuple[TokenIds, dict[str, Tensor]]:
+    """Token ids of a prompt with images, and its inputs, as encode_image_pair gives them.
+
+    images: whatever grains_ext.vision.open_image opens. Raises as encode_image_pair does.
+    """
+    processed = _processed(processor, prompt, images)
+    prompt_ids, _ = encode_text(
+        processor.tokenizer,
+        processed.text,
+        [],
+        add_special_tokens=processed.add_special_tokens,
+    )
+    return prompt_ids, processed.inputs(processor, prompt_ids)
+
+
+@dataclass(frozen=True)
+class _Processed:
+    """A prompt as the processor took it. text: with each placeholder expanded; output: its own."""
+
+    text: str
+    templated: bool
+    add_special_tokens: bool
+    output: Any
+    images: tuple[Image, ...]
+    expansions: tuple[str, ...]
+
+    def inputs(self, processor: Any, prompt_ids: TokenIds) -> dict[str, Tensor]:
+        """What the forward takes beside ids and mask. Raises ValueError where the ids differ."""
+        out = self.output
+        if tuple(out["input_ids"][0][: len(prompt_ids)]) != prompt_ids:
+            raise ValueError(
+                f"{type(processor).__name__} encodes the prompt otherwise than its tokenizer does: "
+                "set options of the text on the tokenizer itself"
+            )
+        out.convert_to_tensors("pt")
+        return {
+            name: value
+            for name, value in out.items()
+            if isinstance(value, Tensor) and name not in ("input_ids", "attention_mask")
+        }
+
+
+def _processed(processor: Any, prompt: str | list[Message], images: Sequence[Any]) -> _Processed:
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise ValueError(
             f"the prompt has images, and {type(processor).__name__} takes text only: pass the "
             "model's processor (grains_ext.vision.load_processor)"
         )
-    opened = tuple(open_image(image) for image in (images or pair.images or ()))
-    text, templated = _prompt_text(processor, pair.prompt, len(opened))
+    opened = tuple(open_image(image) for image in images)
+    text, templated = _prompt_text(processor, prompt, len(opened))
     bos = processor.tokenizer.bos_token
     # As transformers' processors do: templates that write no BOS leave it to the tokenizer.
     add_special_tokens = not (templated and bos is not None and text.startswith(bos))
@@ -73,28 +134,11 @@ def encode_image_pair(
             f"{type(processor).__name__} does not say where it puts image tokens "
             "(text_replacement_offsets): prompts with images need transformers 5.12 or newer"
         )
-    expanded = _expand(text, replaced[0])
-    prompt_ids, [chosen_ids, rejected_ids] = encode_text(
-        processor.tokenizer,
-        expanded,
-        [pair.chosen, pair.rejected],
-        separator="" if templated and separator is None else separator,
+    return _Processed(
+        text=_expand(text, replaced[0]),
+        templated=templated,
         add_special_tokens=add_special_tokens,
-    )
-    if tuple(out["input_ids"][0][: len(prompt_ids)]) != prompt_ids:
-        raise ValueError(
-            f"{type(processor).__name__} encodes the prompt otherwise than its tokenizer does: "
-            "set options of the text on the tokenizer itself"
-        )
-    out.convert_to_tensors("pt")
-    inputs = {
-        name: value
-        for name, value in out.items()
-        if isinstance(value, Tensor) and name not in ("input_ids", "attention_mask")
-    }
-    return EncodedImagePair(
-        pair=EncodedPair(prompt_ids, chosen_ids, rejected_ids),
-        inputs=inputs,
+        output=out,
         images=opened,
         expansions=tuple(place["replacement"] for place in replaced[0]),
     )

@@ -1,0 +1,320 @@
+"""What the exported graphs of vision-language models differ in, from one family to another.
+
+A family's rule makes image features of what its processor gives, with the model's own modules and
+in operations that a graph can hold: no Python loop over images, no length read as a number.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from grains_ext.export.errors import ExportError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Axes = dict[int, str]
+_IMAGES: Axes = {0: "num_images"}
+
+
+@dataclass(frozen=True)
+class VisionFamily:
+    """One family.
+
+    features: (model, *pixels) -> image features [image tokens, hidden], in the order of the image
+        tokens of one prompt.
+    pixels: the processor's outputs that it takes, each with its dynamic axes.
+    position_axes: how many position ids a token has, where it is more than one.
+    bidirectional: image tokens attend to later ones of their image, so that the decoder must be
+        told which tokens are an image's (token_type_ids).
+    genai_type: the model type under which onnxruntime-genai runs the three graphs as they are: one
+        that feeds a vision graph what it names, and counts positions as this family does. None
+        where there is none.
+    """
+
+    features: Callable[..., Tensor]
+    pixels: Mapping[str, Axes] = field(default_factory=lambda: {"pixel_values": _IMAGES})
+    position_axes: int | None = None
+    bidirectional: bool = False
+    genai_type: str | None = "phi3v"
+
+
+def family_of(model: PreTrainedModel) -> VisionFamily | None:
+    """The family of a model that reads images; None for a model of text.
+
+    Raises ExportError for a family that is not known here.
+    """
+    if getattr(model.config, "vision_config", None) is None:
+        return None
+    name, tower = model.config.model_type, model.config.vision_config.model_type
+    family = FAMILIES.get(name)
+    # A LLaVA with Pixtral's tower reads pictures in their own sizes.
+    if family is None or tower == "pixtral":
+        raise ExportError(
+            f"models of type '{name}' with a vision tower of type '{tower}' read images in a way "
+            f"that is not known here; known are {', '.join(FAMILIES)}. Export its parts with "
+            "transformers.exporters.OnnxExporter().export_for_generation and steer them with "
+            "inject()"
+        )
+    return family
+
+
+# --- features -------------------------------------------------------------------------------------
+
+
+def _as_the_model_does(model: Any, *pixels: Tensor, names: tuple[str, ...]) -> Tensor:
+    features = model.model.get_image_features(**dict(zip(names, pixels, strict=True)))
+    return _joined(features.pooler_output)
+
+
+def _joined(features: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    if not isinstance(features, Tensor):
+        features = torch.cat(list(features))
+    return features.reshape(-1, features.shape[-1])
+
+
+def _projected(model: Any, pixel_values: Tensor) -> Tensor:
+    """LLaVA's features of each view, [views, patches, hidden]; the model goes on with a loop."""
+    config, base = model.config, model.model
+    states = base.vision_tower(pixel_values, output_hidden_states=True).hidden_states
+    layers = config.vision_feature_layer
+    layers = [layers] if isinstance(layers, int) else layers
+    # "default" leaves out the class token.
+    first = 1 if config.vision_feature_select_strategy == "default" else 0
+    chosen = torch.cat([states[n][:, first:] for n in layers], dim=-1)
+    features: Tensor = base.multi_modal_projector(chosen)
+    return features
+
+
+def _llava(model: Any, pixel_values: Tensor) -> Tensor:
+    return _joined(_projected(model, pixel_values))
+
+
+def _llava_next(model: Any, pixel_values: Tensor, image_sizes: Tensor) -> Tensor:
+    """The whole image, then its tiles as one picture less its padding, each line with its end.
+
+    LlavaNextModel.pack_image_features, for all images at once.
+    """
+    config = model.config
+    tower = config.vision_config
+    n_images, n_tiles = pixel_values.shape[:2]
+    tiles = _projected(model, pixel_values.flatten(0, 1))
+    side = tower.image_size // tower.patch_size
+    n_patches, hidden = tiles.shape[1:]
+    if n_patches != side**2 or getattr(model.model, "image_newline", None) is None:
+        raise ExportError(
+            f"this model makes {n_patches} features of a tile of {side} x {side} patches, or has "
+            "no feature for line ends: such a variant of llava_next is not known here"
+        )
+    newline = model.model.image_newline.to(tiles)[None]
+    source = torch.cat([tiles.reshape(-1, hidden), newline])
+
+    resolutions = torch.tensor(config.image_grid_pinpoints, device=tiles.device)
+    chosen = resolutions[_best_resolution(image_sizes, resolutions)]
+    tile_rows, tile_columns = (chosen // tower.image_size).unbind(1)
+    rows, columns = tile_rows * side, tile_columns * side
+    top, left = _margins(image_sizes, rows, columns)
+
+    most_rows, most_columns = (
+        max(sides) // tower.image_size * side
+        for sides in zip(*config.image_grid_pinpoints, strict=True)
+    )
+    row = torch.arange(most_rows, device=tiles.device)[None, :, None]
+    column = torch.arange(most_columns + 1, device=tiles.device)[None, None, :]
+    ends_line = column == most_columns
+    first = torch.arange(n_images, device=tiles.device)[:, None, None] * (n_tiles * n_patches)
+    tile = 1 + row // side * _spread(tile_columns) + column // side
+    patch = first + tile * n_patches + row % side * side + column % side
+    patch = torch.where(ends_line, source.shape[0] - 1, patch)
+    in_rows = (row >= _spread(top)) & (row < _spread(rows - top))
+    in_columns = (column >= _spread(left)) & (column < _spread(columns - left))
+    kept = in_rows & (in_columns | ends_line)
+
+    whole = first[:, :, 0] + torch.arange(n_patches, device=tiles.device)
+    places = torch.cat([whole, patch.flatten(1)], dim=1)
+    kept = torch.cat([torch.ones_like(whole, dtype=torch.bool), kept.flatten(1)], dim=1)
+    return source[places[kept]]
+
+
+def _spread(per_image: Tensor) -> Tensor:
+    return per_image[:, None, None]
+
+
+def _best_resolution(image_sizes: Tensor, resolutions: Tensor) -> Tensor:
+    """transformers' select_best_resolution: most of the image kept, then least of it wasted."""
+    height, width = (size.double()[:, None] for size in image_sizes.unbind(1))
+    in_height, in_width = (size.double()[None] for size in resolutions.unbind(1))
+    scale = torch.minimum(in_width / width, in_height / height)
+    scaled = (width * scale).long() * (height * scale).long()
+    kept = torch.minimum(scaled, (height * width).long())
+    wasted = resolutions.prod(1)[None] - kept
+    return (kept * 2**30 - wasted).argmax(1)
+
+
+def _margins(image_sizes: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns at either edge that hold padding: transformers' unpad_image."""
+    height, width = (size.double() for size in image_sizes.unbind(1))
+    is_wide = width / height > columns.double() / rows.double()
+    scaled_height = _whole(height * (columns.double() / width))
+    scaled_width = _whole(width * (rows.double() / height))
+    zero = torch.zeros_like(rows)
+    top = torch.where(is_wide, (rows - scaled_height) // 2, zero)
+    left = torch.where(is_wide, zero, (columns - scaled_width) // 2)
+    return top, left
+
+
+def _whole(number: Tensor) -> Tensor:
+    """int(round(number, 7))"""
+    return (torch.round(number * 1e7) / 1e7).long()
+
+
+# --- Qwen -----------------------------------------------------------------------------------------
+
+
+def _qwen(model: Any, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
+    """Patches of all images in one sequence, each attending to those of its image."""
+    visual = model.model.visual
+    merge = visual.spatial_merge_size
+    place = _patch_places(image_grid_thw, pixel_values.shape[0], merge)
+    arguments: dict[str, Any] = {
+        "position_ids": torch.stack([place.row, place.column], dim=-1),
+        "cu_seqlens": place.frame,
+    }
+    if hasattr(visual, "window_size"):
+        side = visual.window_size // merge // visual.patch_size
+        arguments |= _windows(place, merge, side)
+    with _attention_by_segment(visual):
+        features: Tensor = visual(pixel_values, grid_thw=image_grid_thw, **arguments).pooler_output
+    return features
+
+
+@dataclass(frozen=True)
+class _PatchPlaces:
+    """Where each patch stands, int64 [patches]. frame: the number of its image's first patch."""
+
+    frame: Tensor
+    row: Tensor
+    column: Tensor
+
+
+def _patch_places(grid: Tensor, n_patches: int, merge: int) -> _PatchPlaces:
+    """Patches come image by image, in squares of merge x merge that the merger joins.
+
+    grid: frames, rows and columns of each image, [images, 3].
+    """
+    sizes = grid.prod(1)
+    ends = sizes.cumsum(0)
+    number = torch.arange(n_patches, device=grid.device)
+    image = (number[:, None] >= ends[None]).sum(1)
+    start = (ends - sizes)[image]
+    n_rows, n_columns = grid[image, 1], grid[image, 2]
+    per_frame = n_rows * n_columns
+    within = (number - start) % per_frame
+    square, inner = within // merge**2, within % merge**2
+    squares_in_row = n_columns // merge
+    return _PatchPlaces(
+        frame=number - within,
+        row=square // squares_in_row * merge + inner // merge,
+        column=square % squares_in_row * merge + inner % merge,
+    )
+
+
+_WINDOWS_IN_ROW = 2**10
+"""More than an image has windows, or squares, in a row: numbers of two axes become one number."""
+
+
+def _windows(place: _PatchPlaces, merge: int, side: int) -> dict[str, Tensor]:
+    """The order of squares that makes windows contiguous, and each patch's window.
+
+    transformers' get_vision_window_index. side: squares on a window's side.
+    """
+    frame, row, column = (
+        axis[:: merge**2] // unit
+        for axis, unit in ((place.frame, 1), (place.row, merge), (place.column, merge))
+    )
+    window = (frame * _WINDOWS_IN_ROW + row // side) * _WINDOWS_IN_ROW + column // side
+    order = ((window * _WINDOWS_IN_ROW + row) * _WINDOWS_IN_ROW + column).argsort()
+    of_patch = window[order][:, None].expand(-1, merge**2).reshape(-1)
+    return {"window_index": order, "cu_window_seqlens": of_patch}
+
+
+@contextmanager
+def _attention_by_segment(visual: nn.Module) -> Iterator[None]:
+    """Inside, the tower's attentions take a segment for each patch for `cu_seqlens`.
+
+    The model splits the sequence at cumulative lengths, as many times as there are segments; a
+    graph holds a mask.
+    """
+    attentions = [block.attn for block in visual.blocks]  # type: ignore[union-attr]
+    for attention in attentions:
+        attention.forward = partial(_segment_attention, attention)
+    try:
+        yield
+    finally:
+        for attention in attentions:
+            del attention.forward
+
+
+def _segment_attention(
+    attention: Any,
+    hidden_states: Tensor,
+    cu_seqlens: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    **_: Any,
+) -> Tensor:
+    n_patches = hidden_states.shape[0]
+    rotated = sys.modules[type(attention).__module__].apply_rotary_pos_emb_vision
+    query, key, value = (
+        attention.qkv(hidden_states).reshape(n_patches, 3, attention.num_heads, -1).unbind(1)
+    )
+    query, key = rotated(query, key, *position_embeddings)
+    attended = nn.functional.scaled_dot_product_attention(
+        query.transpose(0, 1)[None],
+        key.transpose(0, 1)[None],
+        value.transpose(0, 1)[None],
+        attn_mask=(cu_seqlens[:, None] == cu_seqlens[None])[None, None],
+        scale=attention.scaling,
+    )
+    output: Tensor = attention.proj(attended[0].transpose(0, 1).reshape(n_patches, -1))
+    return output
+
+
+# --- the families ---------------------------------------------------------------------------------
+
+
+def _own(*names: str) -> Callable[..., Tensor]:
+    return partial(_as_the_model_does, names=names)
+
+
+_QWEN = VisionFamily(
+    _qwen,
+    {"pixel_values": {0: "num_patches"}, "image_grid_thw": _IMAGES},
+    position_axes=3,
+    genai_type="qwen2_5_vl",
+)
+_VIEWS: Axes = {1: "num_views"}
+_IDEFICS = VisionFamily(
+    _own("pixel_values", "pixel_attention_mask"),
+    {"pixel_values": _VIEWS, "pixel_attention_mask": _VIEWS},
+)
+FAMILIES: dict[str, VisionFamily] = {
+    "llava": VisionFamily(_llava),
+    "llava_next": VisionFamily(
+        _llava_next,
+        {"pixel_values": {0: "num_images", 1: "num_views"}, "image_sizes": _IMAGES},
+    ),
+    "qwen2_vl": _QWEN,
+    "qwen2_5_vl": _QWEN,
+    "gemma3": VisionFamily(_own("pixel_values"), bidirectional=True, genai_type=None),
+    "idefics3": _IDEFICS,
+    "smolvlm": _IDEFICS,
+    "internvl": VisionFamily(_own("pixel_values")),
+}
