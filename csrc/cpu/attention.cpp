@@ -25,6 +25,9 @@ class Scratch {
  public:
   ~Scratch() { __builtin_free(memory_); }
   Matrix matrix(std::int64_t rows, std::int64_t columns) {
+    // An expanded tensor may have more rows than memory has bytes.
+    fits_ = fits_ && columns < kMost && rows < kMost / (columns + kLanes);
+    if (!fits_) return {};
     Matrix made;
     made.rows = round_up(round_up(rows, kTileRows), kLanes);
     made.row = round_up(columns, kLanes);
@@ -35,7 +38,7 @@ class Scratch {
   // Once all are asked for: zeros everywhere. False without memory.
   template <class... Matrices>
   bool allocate(Matrices&... matrices) {
-    memory_ = static_cast<char*>(__builtin_calloc(size_ + sizeof(Register), 1));
+    if (fits_) memory_ = static_cast<char*>(__builtin_calloc(size_ + sizeof(Register), 1));
     if (memory_ == nullptr) return false;
     const std::size_t past = reinterpret_cast<std::size_t>(memory_) % sizeof(Register);
     char* aligned = memory_ + (sizeof(Register) - past);
@@ -46,8 +49,12 @@ class Scratch {
   }
 
  private:
+  // Elements; a dozen such matrices are still fewer bytes than 64 bits count.
+  static constexpr std::int64_t kMost = std::int64_t{1} << 56;
+
   char* memory_ = nullptr;
   std::size_t size_ = 0;
+  bool fits_ = true;
 };
 
 template <class T>
@@ -223,8 +230,9 @@ void zero(const Matrix& matrix, std::int64_t first, std::int64_t end) {
                    static_cast<std::size_t>((end - first) * matrix.row) * sizeof(float));
 }
 
+// False, with nothing written: no memory.
 template <class T>
-void forward(const AttentionArgs& args, std::int64_t begin, std::int64_t end) {
+bool forward(const AttentionArgs& args, std::int64_t begin, std::int64_t end) {
   Scratch scratch;
   Matrix q = scratch.matrix(kBlock, args.width), k = scratch.matrix(args.k_tokens, args.width);
   Matrix k_columns = scratch.matrix(args.width, args.k_tokens);
@@ -234,7 +242,7 @@ void forward(const AttentionArgs& args, std::int64_t begin, std::int64_t end) {
   Matrix buffer = scratch.matrix(1, args.k_tokens);
   Seen<T> seen(args);
   if (!seen.allocated() || !scratch.allocate(q, k, k_columns, v, scores, out, buffer)) {
-    __builtin_trap();
+    return false;
   }
   const std::int64_t group = args.heads / args.kv_heads;
   for (std::int64_t task = begin; task < end; ++task) {
@@ -280,6 +288,7 @@ void forward(const AttentionArgs& args, std::int64_t begin, std::int64_t end) {
       }
     }
   }
+  return true;
 }
 
 template <class T>
@@ -294,8 +303,9 @@ void write_rows(void* to, const Matrix& from, std::int64_t batch, std::int64_t t
 
 // With P = softmax(S), dP = dO V^T and delta = rowsum(dO O): dS = P (dP - delta), dQ = scale dS K,
 // dK = scale dS^T Q, dV = P^T dO.
+// False, with nothing written: no memory.
 template <class T>
-void backward(const AttentionBackwardArgs& all, std::int64_t begin, std::int64_t end) {
+bool backward(const AttentionBackwardArgs& all, std::int64_t begin, std::int64_t end) {
   const AttentionArgs& args = all.forward;
   Scratch scratch;
   Matrix q = scratch.matrix(kBlock, args.width), k = scratch.matrix(args.k_tokens, args.width);
@@ -312,7 +322,7 @@ void backward(const AttentionBackwardArgs& all, std::int64_t begin, std::int64_t
   Seen<T> seen(args);
   if (!seen.allocated() || !scratch.allocate(q, k, k_columns, v, v_columns, p, ds, grad, out,
                                              grad_q, grad_k, grad_v, buffer)) {
-    __builtin_trap();
+    return false;
   }
   const std::int64_t group = args.heads / args.kv_heads;
   for (std::int64_t task = begin; task < end; ++task) {
@@ -389,18 +399,23 @@ void backward(const AttentionBackwardArgs& all, std::int64_t begin, std::int64_t
     write_rows<T>(all.grad_v, grad_v, batch, args.k_tokens, 0, args.k_tokens, args.kv_heads,
                   kv_head, args.v_width);
   }
+  return true;
 }
 
 }  // namespace
 
-void attention(const AttentionArgs& args, std::int64_t begin, std::int64_t end) {
+bool attention(const AttentionArgs& args, std::int64_t begin, std::int64_t end) {
+  bool done = false;
   with_element_type(args.dtype,
-                    [&](auto element) { forward<decltype(element)>(args, begin, end); });
+                    [&](auto element) { done = forward<decltype(element)>(args, begin, end); });
+  return done;
 }
 
-void attention_backward(const AttentionBackwardArgs& args, std::int64_t begin, std::int64_t end) {
+bool attention_backward(const AttentionBackwardArgs& args, std::int64_t begin, std::int64_t end) {
+  bool done = false;
   with_element_type(args.forward.dtype,
-                    [&](auto element) { backward<decltype(element)>(args, begin, end); });
+                    [&](auto element) { done = backward<decltype(element)>(args, begin, end); });
+  return done;
 }
 
 }  // namespace grains::cpu::GRAINS_ISA

@@ -13,8 +13,8 @@
   void gated_activation_backward(const GatedBackwardArgs& args, std::int64_t begin,              \
                                  std::int64_t end);                                              \
   void rotary(const RotaryArgs& args, std::int64_t begin, std::int64_t end);                     \
-  void attention(const AttentionArgs& args, std::int64_t begin, std::int64_t end);               \
-  void attention_backward(const AttentionBackwardArgs& args, std::int64_t begin,                 \
+  bool attention(const AttentionArgs& args, std::int64_t begin, std::int64_t end);               \
+  bool attention_backward(const AttentionBackwardArgs& args, std::int64_t begin,                 \
                           std::int64_t end);                                                     \
   }
 

@@ -1,4 +1,6 @@
 // The public launchers of the ops between a decoder's matrix products.
+#include <atomic>
+
 #include "decoder_kernels.h"
 #include "grains/cpu.h"
 #include "run_rows.h"
@@ -12,8 +14,8 @@ struct Kernels {
   void (*gated_activation)(const GatedArgs&, std::int64_t, std::int64_t);
   void (*gated_activation_backward)(const GatedBackwardArgs&, std::int64_t, std::int64_t);
   void (*rotary)(const RotaryArgs&, std::int64_t, std::int64_t);
-  void (*attention)(const AttentionArgs&, std::int64_t, std::int64_t);
-  void (*attention_backward)(const AttentionBackwardArgs&, std::int64_t, std::int64_t);
+  bool (*attention)(const AttentionArgs&, std::int64_t, std::int64_t);
+  bool (*attention_backward)(const AttentionBackwardArgs&, std::int64_t, std::int64_t);
 };
 
 #define GRAINS_DECODER_KERNELS(isa)                                                               \
@@ -44,6 +46,26 @@ const Kernels& kernels() { return kKernels[static_cast<std::int32_t>(current_isa
 // One head's scores and products are worth a thread, whatever their size.
 constexpr std::int64_t kWorthAThread = kGrainBytes;
 
+// A kernel that needs memory of its own, on whatever thread, and whether each time it got it.
+template <class Args>
+struct Attempt {
+  bool (*kernel)(const Args&, std::int64_t, std::int64_t);
+  const Args& args;
+  mutable std::atomic<bool> done{true};
+};
+
+template <class Args>
+bool run_heads(bool (*kernel)(const Args&, std::int64_t, std::int64_t), const Args& args,
+               std::int64_t heads, const Parallel& parallel) {
+  const Attempt<Args> attempt{kernel, args};
+  run_rows<Attempt<Args>>(
+      [](const Attempt<Args>& attempt, std::int64_t begin, std::int64_t end) {
+        if (!attempt.kernel(attempt.args, begin, end)) attempt.done = false;
+      },
+      attempt, heads, kWorthAThread, parallel);
+  return attempt.done;
+}
+
 }  // namespace
 
 void rms_norm(const RmsNormArgs& args, const Parallel& parallel) {
@@ -69,14 +91,13 @@ void rotary(const RotaryArgs& args, const Parallel& parallel) {
            2 * args.width * bytes(args.dtype), parallel);
 }
 
-void attention(const AttentionArgs& args, const Parallel& parallel) {
-  run_rows(kernels().attention, args, args.batch * args.kv_heads, kWorthAThread, parallel);
+bool attention(const AttentionArgs& args, const Parallel& parallel) {
+  return run_heads(kernels().attention, args, args.batch * args.kv_heads, parallel);
 }
 
-void attention_backward(const AttentionBackwardArgs& args, const Parallel& parallel) {
+bool attention_backward(const AttentionBackwardArgs& args, const Parallel& parallel) {
   const AttentionArgs& forward = args.forward;
-  run_rows(kernels().attention_backward, args, forward.batch * forward.kv_heads, kWorthAThread,
-           parallel);
+  return run_heads(kernels().attention_backward, args, forward.batch * forward.kv_heads, parallel);
 }
 
 }  // namespace grains::cpu

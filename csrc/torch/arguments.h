@@ -11,18 +11,13 @@
 namespace grains::torch_ops {
 
 inline DType element_type(const Argument& given) {
-  switch (given.tensor.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    default:
-      fail(given.op, "`", given.name, "` is ", dtype_name(given.tensor.scalar_type()),
-           ", expected float32, float16 or bfloat16; convert it with .to(), or use "
-           "grains_ext.reference for other types");
-  }
+  const std::int32_t dtype = raw_dtype(given.tensor);
+  if (dtype == aoti_torch_dtype_float32()) return DType::kFloat32;
+  if (dtype == aoti_torch_dtype_float16()) return DType::kFloat16;
+  if (dtype == aoti_torch_dtype_bfloat16()) return DType::kBFloat16;
+  fail(given.op, "`", given.name, "` is ", dtype_name(given.tensor.scalar_type()),
+       ", expected float32, float16 or bfloat16; convert it with .to(), or use "
+       "grains_ext.reference for other types");
 }
 
 inline bool last_dim_contiguous(const Tensor& tensor) {
@@ -39,8 +34,16 @@ inline Tensor with_contiguous_last_dim(const Tensor& tensor) {
   return last_dim_contiguous(tensor) ? tensor : torch::stable::contiguous(tensor);
 }
 
-// A new contiguous tensor on the device of `like`.
-inline Tensor new_tensor(const std::int64_t* sizes, std::int64_t dims, ScalarType type,
+// A new tensor on the device of `like`.
+inline Tensor new_strided(const std::int64_t* sizes, const std::int64_t* strides, std::int64_t dims,
+                          std::int32_t dtype, const Tensor& like) {
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, raw_device(like),
+                                                  like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+inline Tensor new_tensor(const std::int64_t* sizes, std::int64_t dims, std::int32_t dtype,
                          const Tensor& like) {
   constexpr std::int64_t kMaxDims = 64;  // torch's own limit
   std::int64_t strides[kMaxDims];
@@ -49,19 +52,12 @@ inline Tensor new_tensor(const std::int64_t* sizes, std::int64_t dims, ScalarTyp
     strides[i] = stride;
     stride *= sizes[i] > 0 ? sizes[i] : 1;
   }
-  std::int32_t device_type = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  const auto dtype = torch::stable::detail::to<std::int32_t>(torch::stable::detail::from(type));
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type,
-                                                  like.get_device_index(), &handle));
-  return Tensor(handle);
+  return new_strided(sizes, strides, dims, dtype, like);
 }
 
 inline Tensor new_like(const Tensor& like) {
   const auto sizes = like.sizes();
-  return new_tensor(sizes.data(), static_cast<std::int64_t>(sizes.size()), like.scalar_type(),
-                    like);
+  return new_tensor(sizes.data(), static_cast<std::int64_t>(sizes.size()), raw_dtype(like), like);
 }
 
 // A tensor [..., dim] seen as rows with one distance between them.

@@ -60,14 +60,32 @@ struct Argument {
   const Tensor& tensor;
 };
 
+// As libtorch numbers them. A ScalarType is made of that with one call of libtorch for each type
+// that it might be.
+inline std::int32_t raw_dtype(const Tensor& tensor) {
+  std::int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  return dtype;
+}
+
+inline std::int32_t raw_dtype(ScalarType type) {
+  return torch::stable::detail::to<std::int32_t>(torch::stable::detail::from(type));
+}
+
+inline std::int32_t raw_device(const Tensor& tensor) {
+  std::int32_t device = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device));
+  return device;
+}
+
 inline void check_dtype(const Argument& given, ScalarType expected, const char* why) {
-  if (given.tensor.scalar_type() == expected) return;
+  if (raw_dtype(given.tensor) == raw_dtype(expected)) return;
   fail(given.op, "`", given.name, "` is ", dtype_name(given.tensor.scalar_type()), ", expected ",
        dtype_name(expected), " (", why, "); convert it with .to(torch.", dtype_name(expected), ")");
 }
 
 inline void check_same_device(const Argument& given, const Argument& first) {
-  if (given.tensor.is_cpu() == first.tensor.is_cpu() &&
+  if (raw_device(given.tensor) == raw_device(first.tensor) &&
       given.tensor.get_device_index() == first.tensor.get_device_index()) {
     return;
   }
@@ -80,7 +98,7 @@ inline void check_same_device(const Argument& given, const Argument& first) {
 
 // Type and device as `first` has them.
 inline void check_like(const Argument& given, const Argument& first) {
-  if (given.tensor.scalar_type() != first.tensor.scalar_type()) {
+  if (raw_dtype(given.tensor) != raw_dtype(first.tensor)) {
     fail(given.op, "`", given.name, "` is ", dtype_name(given.tensor.scalar_type()), ", but `",
          first.name, "` is ", dtype_name(first.tensor.scalar_type()),
          "; both must have one dtype: convert with .to()");

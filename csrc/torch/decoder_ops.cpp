@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight_given,
   const Tensor weight = with_contiguous_last_dim(weight_given);
   Tensor out = new_like(x);
   const auto sizes = x.sizes();
-  Tensor rstd = new_tensor(sizes.data(), x.dim() - 1, ScalarType::Float, x);
+  Tensor rstd = new_tensor(sizes.data(), x.dim() - 1, raw_dtype(ScalarType::Float), x);
   args.x = from.tensor.const_data_ptr();
   args.weight = weight.const_data_ptr();
   args.out = out.mutable_data_ptr();
@@ -156,14 +156,7 @@ Tensor new_heads(std::int64_t batch, std::int64_t heads, std::int64_t tokens, st
                  const Tensor& like) {
   const std::int64_t sizes[] = {batch, heads, tokens, width};
   const std::int64_t strides[] = {tokens * heads * width, width, heads * width, 1};
-  std::int32_t device_type = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  const auto dtype =
-      torch::stable::detail::to<std::int32_t>(torch::stable::detail::from(like.scalar_type()));
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes, strides, dtype, device_type,
-                                                  like.get_device_index(), &handle));
-  return Tensor(handle);
+  return new_strided(sizes, strides, 4, raw_dtype(like), like);
 }
 
 void check_heads(const Argument& given) {
@@ -274,16 +267,22 @@ Attention attention_of(const char* op, const Tensor& q, const Tensor& k, const T
   return made;
 }
 
+[[noreturn]] void fail_without_memory(const char* op, const AttentionArgs& args) {
+  fail(op, "no memory for the scores of `k`, ", args.k_tokens, " keys of width ", args.width,
+       ", on each thread; shorten the sequences, or use fewer threads (torch.set_num_threads)");
+}
+
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                      const std::optional<Tensor>& mask, double scale) {
-  Attention made = attention_of("attention", q, k, v, mask, scale);
+  const char* op = "attention";
+  Attention made = attention_of(op, q, k, v, mask, scale);
   AttentionArgs& args = made.args;
   Tensor out = new_heads(args.batch, args.heads, args.q_tokens, args.v_width, q);
   const std::int64_t sizes[] = {args.batch, args.heads, args.q_tokens};
-  Tensor lse = new_tensor(sizes, 3, ScalarType::Float, q);
+  Tensor lse = new_tensor(sizes, 3, raw_dtype(ScalarType::Float), q);
   args.out = out.mutable_data_ptr();
   args.lse = static_cast<float*>(lse.mutable_data_ptr());
-  cpu::attention(args, torch_threads());
+  if (!cpu::attention(args, torch_threads())) fail_without_memory(op, args);
   return {out, lse};
 }
 
@@ -330,7 +329,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_given, 
   args.grad_q = grad_q.mutable_data_ptr();
   args.grad_k = grad_k.mutable_data_ptr();
   args.grad_v = grad_v.mutable_data_ptr();
-  cpu::attention_backward(args, torch_threads());
+  if (!cpu::attention_backward(args, torch_threads())) fail_without_memory(op, forward);
   return {grad_q, grad_k, grad_v};
 }
 

@@ -3,6 +3,7 @@
 // same order.
 #include <torch/csrc/stable/library.h>
 
+#include <string>
 #include <tuple>
 
 #include "arguments.h"
@@ -65,7 +66,7 @@ Tensor ig_interpolate(const Tensor& input_given, const Tensor& baseline_given,
   args.tokens = input.size(1);
   args.dim = input.size(2);
   const std::int64_t sizes[] = {args.steps, args.batch, args.tokens, args.dim};
-  Tensor out = new_tensor(sizes, 4, input.scalar_type(), input);
+  Tensor out = new_tensor(sizes, 4, raw_dtype(input), input);
   if (out.numel() == 0) return out;
   args.input = input.const_data_ptr();
   args.baseline = baseline.const_data_ptr();
@@ -105,7 +106,7 @@ Tensor ig_accumulate(const Tensor& grads_given, const Tensor& input_given,
               "[steps, batch, tokens, hidden size]", input_argument);
   check_shape(weights_argument, args.steps == grads.size(0), "one weight per step", grads_argument);
   const std::int64_t sizes[] = {args.batch, args.tokens};
-  Tensor out = new_tensor(sizes, 2, ScalarType::Float, input);
+  Tensor out = new_tensor(sizes, 2, raw_dtype(ScalarType::Float), input);
   if (out.numel() == 0) return out;
   args.grads = grads.const_data_ptr();
   args.input = input.const_data_ptr();
@@ -157,9 +158,9 @@ Tensor steer_add_normalize(const Tensor& hidden, const Tensor& vectors, const Te
   const Argument argument{"steer_add_normalize", "hidden", hidden};
   check_rows(argument);
   const Rows from = rows_of(hidden);
-  Tensor out = new_like(hidden);
-  steer(argument, from, rows_of(out), vectors, strength, index, eps);
-  return out;
+  const Rows to{new_like(hidden), from.rows, from.dim, from.dim};
+  steer(argument, from, to, vectors, strength, index, eps);
+  return to.tensor;
 }
 
 // A layout that is not rows with one distance between them is steered in a copy, and copied back.
@@ -258,34 +259,51 @@ std::tuple<Tensor, Tensor> skip_steer_layer_norm(const Tensor& x, const Tensor& 
   return {out.normed, out.residual};
 }
 
+// Every op but the one in place has two overloads of one kernel: `default`, whose gradient is
+// registered in grains_ext/ops.py, and `no_grad`, which costs no call of Python.
+void define(torch::stable::detail::StableLibrary& m, const std::string& op,
+            const std::string& signature) {
+  m.def((op + signature).c_str());
+  m.def((op + ".no_grad" + signature).c_str());
+}
+
+template <class Kernel>
+void register_kernel(torch::stable::detail::StableLibrary& m, const std::string& op,
+                     Kernel kernel) {
+  m.impl(op.c_str(), kernel);
+  m.impl((op + ".no_grad").c_str(), kernel);
+}
+
 void register_kernels(torch::stable::detail::StableLibrary& m) {
-  m.impl("ig_interpolate", TORCH_BOX(&ig_interpolate));
-  m.impl("ig_accumulate", TORCH_BOX(&ig_accumulate));
-  m.impl("steer_add_normalize", TORCH_BOX(&steer_add_normalize));
+  register_kernel(m, "ig_interpolate", TORCH_BOX(&ig_interpolate));
+  register_kernel(m, "ig_accumulate", TORCH_BOX(&ig_accumulate));
+  register_kernel(m, "steer_add_normalize", TORCH_BOX(&steer_add_normalize));
   m.impl("steer_add_normalize_", TORCH_BOX(&steer_add_normalize_inplace));
-  m.impl("skip_steer_rms_norm", TORCH_BOX(&skip_steer_rms_norm));
-  m.impl("skip_steer_layer_norm", TORCH_BOX(&skip_steer_layer_norm));
+  register_kernel(m, "skip_steer_rms_norm", TORCH_BOX(&skip_steer_rms_norm));
+  register_kernel(m, "skip_steer_layer_norm", TORCH_BOX(&skip_steer_layer_norm));
 }
 
 }  // namespace
 }  // namespace grains::torch_ops
 
 STABLE_TORCH_LIBRARY(grains, m) {
-  m.def("ig_interpolate(Tensor input, Tensor baseline, Tensor alphas) -> Tensor");
-  m.def("ig_accumulate(Tensor grads, Tensor input, Tensor baseline, Tensor weights) -> Tensor");
-  m.def(
-      "steer_add_normalize(Tensor hidden, Tensor vectors, Tensor strength, Tensor? index=None, "
-      "float eps=1e-6) -> Tensor");
+  using grains::torch_ops::define;
+  define(m, "ig_interpolate", "(Tensor input, Tensor baseline, Tensor alphas) -> Tensor");
+  define(m, "ig_accumulate",
+         "(Tensor grads, Tensor input, Tensor baseline, Tensor weights) -> Tensor");
+  define(m, "steer_add_normalize",
+         "(Tensor hidden, Tensor vectors, Tensor strength, Tensor? index=None, float eps=1e-6) -> "
+         "Tensor");
   // No tensor is returned: torch.compile takes a mutating op only without an aliasing result.
   m.def(
       "steer_add_normalize_(Tensor(a!) hidden, Tensor vectors, Tensor strength, "
       "Tensor? index=None, float eps=1e-6) -> ()");
-  m.def(
-      "skip_steer_rms_norm(Tensor x, Tensor skip, Tensor vectors, Tensor strength, Tensor weight, "
-      "Tensor? index=None, float eps=1e-6, float weight_offset=0) -> (Tensor, Tensor)");
-  m.def(
-      "skip_steer_layer_norm(Tensor x, Tensor skip, Tensor vectors, Tensor strength, "
-      "Tensor weight, Tensor? bias=None, Tensor? index=None, float eps=1e-5) -> (Tensor, Tensor)");
+  define(m, "skip_steer_rms_norm",
+         "(Tensor x, Tensor skip, Tensor vectors, Tensor strength, Tensor weight, "
+         "Tensor? index=None, float eps=1e-6, float weight_offset=0) -> (Tensor, Tensor)");
+  define(m, "skip_steer_layer_norm",
+         "(Tensor x, Tensor skip, Tensor vectors, Tensor strength, Tensor weight, "
+         "Tensor? bias=None, Tensor? index=None, float eps=1e-5) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(grains, CPU, m) { grains::torch_ops::register_kernels(m); }

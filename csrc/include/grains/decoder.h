@@ -117,7 +117,9 @@ void rms_norm_backward(const RmsNormBackwardArgs& args, const Parallel& parallel
 void gated_activation(const GatedArgs& args, const Parallel& parallel);
 void gated_activation_backward(const GatedBackwardArgs& args, const Parallel& parallel);
 void rotary(const RotaryArgs& args, const Parallel& parallel);
-void attention(const AttentionArgs& args, const Parallel& parallel);
-void attention_backward(const AttentionBackwardArgs& args, const Parallel& parallel);
+// False: some thread had no memory for a head's keys, values and scores in float32, and what `out`
+// or the gradients hold means nothing.
+bool attention(const AttentionArgs& args, const Parallel& parallel);
+bool attention_backward(const AttentionBackwardArgs& args, const Parallel& parallel);
 
 }  // namespace grains::cpu
