@@ -2,20 +2,24 @@
 
 Everything runs from CUDA graphs, so that Python and the launch queue do not count. A graph works
 through copies of its tensors that together exceed the level-2 cache several times: a 2048 x 4096
-tensor would otherwise never leave it. The floor is `copy_` of the same hidden states by the same
-rules; for one row, where nothing but the launch counts, it is a kernel that does nothing.
+tensor would otherwise never leave it. Blocks of one row each and blocks that stay for many rows are
+measured apart, beside what the launch plan chooses of them. The floor is `copy_` of the same hidden
+states by the same rules; for one row, where nothing but the launch counts, it is a kernel that does
+nothing.
 """
 
+import ctypes
 import importlib.util
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from grains_ext import ops  # noqa: F401  (registers torch.ops.grains)
+from grains_ext import ops
 from grains_ext.timing import Measurement, interleave
 
 DTYPE = torch.bfloat16
@@ -28,10 +32,12 @@ EMPTY = "empty kernel"
 
 @dataclass(frozen=True)
 class Candidate:
-    """`call(i)` works on copy i of the tensors; `moved` is the bytes it must read and write."""
+    """`call(i)` works on copy i of the tensors; `moved` is the bytes it must read and write;
+    `stay`: whether blocks stay for many rows ("auto", "never", "always")."""
 
     call: Callable[[int], object]
     moved: int
+    stay: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ def measure(rounds: int) -> tuple[list[Result], list[str]]:
     for rows, dim in (*LARGE, ROW):
         floor = EMPTY if rows == 1 else FLOOR
         found = _candidates(rows, dim, left_out)
-        graphs = {name: _graph(candidate.call) for name, candidate in found.items()}
+        graphs = {name: _graph(candidate) for name, candidate in found.items()}
         measured = interleave(
             graphs, baseline=floor, rounds=rounds, synchronize=torch.cuda.synchronize
         )
@@ -65,18 +71,26 @@ def measure(rounds: int) -> tuple[list[Result], list[str]]:
     return results, sorted(set(left_out))
 
 
-def _graph(call: Callable[[int], object]) -> Callable[[], None]:
-    """A replay of `call` of CALLS_PER_GRAPH copies in turn."""
+def _graph(candidate: Candidate) -> Callable[[], None]:
+    """A replay of the candidate's call of CALLS_PER_GRAPH copies in turn."""
+    _set_stay(candidate.stay)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for i in range(3):  # compiles, and allocates what is allocated once
-            call(i)
+            candidate.call(i)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for i in range(CALLS_PER_GRAPH):
-            call(i)
+            candidate.call(i)
+    _set_stay("auto")
     return graph.replay
+
+
+def _set_stay(choice: str) -> None:
+    library = ctypes.CDLL(str(Path(ops.__file__).with_name("libgrains_torch.so")))
+    if library.grains_set_cuda_stay(choice.encode()) != 1:
+        raise ValueError(f"choice is {choice!r}, expected auto, never or always")
 
 
 def _candidates(rows: int, dim: int, left_out: list[str]) -> dict[str, Candidate]:
@@ -107,6 +121,10 @@ def _candidates(rows: int, dim: int, left_out: list[str]) -> dict[str, Candidate
             4 * size,
         ),
     }
+    if rows > 1:
+        for name in ("steer_add_normalize_", "skip_steer_rms_norm"):
+            for stay, blocks in (("never", "one row per block"), ("always", "blocks stay")):
+                found[f"{name}, {blocks}"] = replace(found[name], stay=stay)
     if rows == 1:
         found[EMPTY] = Candidate(lambda _: torch.cuda._sleep(0), 0)
 

@@ -10,6 +10,8 @@ import math
 import os
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ctypes import POINTER, Structure, c_bool, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -175,6 +177,7 @@ class LaunchPlan(Structure):
         ("elements_per_thread", c_int32),
         ("blocks", c_int64),
         ("programmatic_launch", c_bool),
+        ("stays", c_bool),
     ]
 
 
@@ -234,6 +237,22 @@ class Shim:
 
     def set_compute_capability(self, capability: int) -> None:
         self._library.set_compute_capability(capability)
+
+    def set_multiprocessors(self, count: int) -> None:
+        self._library.set_multiprocessors(count)
+
+    @contextmanager
+    def staying(self, choice: str) -> Iterator[None]:
+        """Whether blocks stay for many rows: "auto", "never" or "always"."""
+        self._set_stay(choice)
+        try:
+            yield
+        finally:
+            self._set_stay("auto")
+
+    def _set_stay(self, choice: str) -> None:
+        if self._library.grains_set_cuda_stay(choice.encode()) != 1:
+            raise ValueError(f"choice is {choice!r}, expected auto, never or always")
 
     def set_max_grid(self, blocks: int) -> None:
         self._library.set_max_grid(blocks)
@@ -334,6 +353,16 @@ class Shim:
         self, rows: int, dim: int, dtype: str, capability: int = 90, aligned: bool = True
     ) -> LaunchPlan:
         return self._plan("plan", LaunchPlan(), (rows, dim), dtype, capability, aligned)
+
+    def plan_staying(
+        self, plan: LaunchPlan, rows: int, resident_threads: int, stay: str = "auto"
+    ) -> LaunchPlan:
+        staying = LaunchPlan.from_buffer_copy(plan)
+        self._library.plan_staying(
+            ctypes.byref(staying), c_int64(rows), c_int64(resident_threads),
+            c_int(("auto", "never", "always").index(stay)),
+        )  # fmt: skip
+        return staying
 
     def plan_interpolate(
         self, rows: int, steps: int, dim: int, dtype: str, capability: int = 90,

@@ -255,6 +255,68 @@ def test_a_grid_smaller_than_the_work(shim: Shim, op: str, dim: int) -> None:
         np.testing.assert_array_equal(result, before)
 
 
+@pytest.mark.parametrize("op", [STEER, RMS, LAYER])
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("dim", [8, 512, 1032, 2056])
+def test_blocks_that_stay(shim: Shim, op: str, dtype: str, dim: int) -> None:
+    """Three visits of a block, of ordinary rows and of every kind that is treated apart, against
+    the float64 reference, and bit for bit against blocks of one visit each."""
+    visits = 3 * shim.plan(1, dim, dtype).rows_per_block
+    draw = Draw(f"{op}-{dim}", dtype, gap=8)
+    case = steering_case(op, dim, dtype, "gap-8", draw, rows=max(visits - 1, 12))
+    case.inputs.update(vectors=draw.rows(dim), strength=np.array(0.7, np.float32), index=None)
+    names = ("hidden",) if op == STEER else ("x", "skip")
+    vector = case.inputs["vectors"]
+    rows = [array for name in names if (array := case.inputs[name]) is not None]
+    assert vector is not None
+    with np.errstate(over="ignore"):
+        for row in (2, 7):
+            rows[0][row] *= {"float32": 1e30, "float16": 1e4, "bfloat16": 1e30}[dtype]
+        rows[0][3, dim // 2] = np.nan
+        rows[-1][5, 0] = np.inf
+        for array in rows:
+            array[4] = 0.0
+        rows[0][6] = vector * np.array(-0.75, vector.dtype)  # nearly, and then exactly, cancelled
+        rows[0][8] = vector * np.array(-0.7, vector.dtype)
+    outputs = ("out",) if op == STEER else ("normed", "residual")
+
+    def run(stay: str, in_place: bool = False) -> tuple[Array, ...]:
+        copies = {name: placed(array, gap=8) for name, array in zip(names, rows, strict=True)}
+        targets = dict(zip(outputs, copies.values(), strict=True)) if in_place else {}
+        shim.set_max_grid(1)
+        try:
+            with shim.staying(stay):
+                return Case("", op, {**case.inputs, **copies, **targets}, case.options).run(shim)
+        finally:
+            shim.set_max_grid(0)
+
+    wanted = run("never")
+    for in_place in (False, True):
+        for result, before in zip(run("always", in_place), wanted, strict=True):
+            # As float32: of ml_dtypes' types, NaN is not equal to NaN.
+            np.testing.assert_array_equal(result.astype("f4"), before.astype("f4"))
+    if op == STEER:  # what the norms make of a row that is nearly cancelled is rounding
+        assert_close(wanted[0], expected(case)[0], dtype)
+
+
+@pytest.mark.parametrize("op", [STEER, RMS, LAYER])
+@pytest.mark.parametrize("dtype", list(DTYPES))
+def test_blocks_that_stay_agree_with_reference(shim: Shim, op: str, dtype: str) -> None:
+    for dim in (8, 512, 5120):
+        draw = Draw(f"{dim}", dtype)
+        rows = 3 * shim.plan(1, dim, dtype).rows_per_block + 1
+        case = steering_case(op, dim, dtype, "aligned", draw, rows=rows)
+        case.inputs.update(vectors=draw.rows(dim), index=None)
+        for strength in (-1.3, 0.0):
+            case.inputs["strength"] = np.array(strength, np.float32)
+            shim.set_multiprocessors(1)
+            try:
+                with shim.staying("always"):
+                    check(shim, case, dtype)
+            finally:
+                shim.set_multiprocessors(132)
+
+
 def test_devices_without_programmatic_launch(shim: Shim) -> None:
     case = steering_case(STEER, 512, "float16", "aligned", Draw("old device", "float16"))
     wanted = case.run(shim)

@@ -56,6 +56,34 @@ def test_blocks_stay_within_the_grid(rows: int) -> None:
         assert plan["blocks"] == min(wanted, MAX_GRID_X)
 
 
+def test_blocks_stay_where_rows_are_many_and_share_them_evenly(shim: Shim) -> None:  # noqa: F811
+    resident = 132 * 1024
+    for dim, dtype, _ in sizes():
+        if dim % 8 or dim > 8192:
+            continue
+        for rows in (1, 1000, 8192, 100_003):
+            plan = shim.plan(rows, dim, dtype)
+            staying = shim.plan_staying(plan, rows, resident)
+            groups = -(-rows // plan.rows_per_block)
+            assert staying.stays == (groups // (resident // plan.threads) >= 16)
+            if not staying.stays:
+                assert staying.blocks == plan.blocks
+                continue
+            assert staying.blocks <= resident // plan.threads
+            visits = -(-groups // staying.blocks)
+            assert visits >= 16
+            assert (visits - 1) * staying.blocks < groups  # one fewer would not do
+    assert not shim.plan_staying(shim.plan(8192, 8192, "float32"), 8192, resident, "never").stays
+    alone = shim.plan_staying(shim.plan(3, 4096, "float32"), 3, 0, "always")
+    assert (alone.stays, alone.blocks) == (True, 1)  # a GPU whose blocks do not fit still runs
+
+
+def test_rows_that_are_read_twice_do_not_stay(shim: Shim) -> None:  # noqa: F811
+    for dim, aligned in ((16384, True), (4096, False), (31, True)):
+        plan = shim.plan(10**6, dim, "bfloat16", aligned=aligned)
+        assert not shim.plan_staying(plan, 10**6, 132 * 1024, "always").stays
+
+
 def test_programmatic_launch_from_hopper_on() -> None:
     for capability in (75, 80, 86, 89):
         assert not _C.launch_plan(1, 64, "float16", capability)["programmatic_launch"]

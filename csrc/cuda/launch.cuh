@@ -42,17 +42,30 @@ int launch(void (*kernel)(Params...), dim3 grid, int threads, bool programmatic_
   return error;
 }
 
+inline cudaError_t device_attribute(cudaDeviceAttr attribute, int* value) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  return error == cudaSuccess ? cudaDeviceGetAttribute(value, attribute, device) : error;
+}
+
 // 10 * major + minor of the current device.
 inline cudaError_t compute_capability(std::int32_t* capability) {
-  int device = 0, major = 0, minor = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  }
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  }
+  int major = 0, minor = 0;
+  cudaError_t error = device_attribute(cudaDevAttrComputeCapabilityMajor, &major);
+  if (error == cudaSuccess) error = device_attribute(cudaDevAttrComputeCapabilityMinor, &minor);
   *capability = 10 * major + minor;
+  return error;
+}
+
+// Where all rows have one direction, blocks may stay. `blocks`: those of kMaxRowThreads that the
+// launch bounds of the staying kernel let a multiprocessor hold.
+inline cudaError_t let_stay(LaunchPlan* plan, const SteeringArgs& steering, std::int64_t rows,
+                            int blocks) {
+  if (steering.index != nullptr) return cudaSuccess;
+  int multiprocessors = 0;
+  const cudaError_t error = device_attribute(cudaDevAttrMultiProcessorCount, &multiprocessors);
+  const std::int64_t threads = std::int64_t{kMaxRowThreads} * blocks * multiprocessors;
+  if (error == cudaSuccess) *plan = plan_staying(*plan, rows, threads, chosen_stay());
   return error;
 }
 
@@ -99,6 +112,7 @@ int with_shape(const LaunchPlan& plan, Body body) {
   if (plan.elements_per_thread == 0) {
     return body(RowShape<kVectorOf<T>, kTileVectors, false>{});
   }
+  if (plan.stays) return body(RowShape<kVectorOf<T>, kKeptElements / kVectorOf<T>, true, true>{});
   return body(RowShape<kVectorOf<T>, kKeptElements / kVectorOf<T>, true>{});
 }
 

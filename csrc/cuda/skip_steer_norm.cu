@@ -42,15 +42,13 @@ __device__ Affine<Real> affine_of(Row& steered, Real inverse_dim, Real eps, RowT
 
 // False: nothing was written, the sums are not for this Real.
 template <Norm kNorm, typename Real, typename T, typename Shape>
-__device__ bool skip_norm_row(const SkipNormArgs& args, std::int64_t row, T* residual, T* normed,
-                              const Direction<T>& direction, Real inverse_dim,
-                              RowThreads& threads) {
-  const T* x = static_cast<const T*>(args.x) + row * args.x_stride;
-  const T* skip = static_cast<const T*>(args.skip) + row * args.skip_stride;
+__device__ bool skip_norm_row(const SkipNormArgs& args, const RowOf<T, 2>& row, T* residual,
+                              T* normed, const Direction<T>& direction, Real inverse_dim,
+                              RowThreads& threads, const Inputs<T, 2, Shape>& inputs) {
   const T* weight = static_cast<const T*>(args.weight);
   const T* bias = static_cast<const T*>(args.bias);
   using Row = SteeredRow<Real, T, 2, Shape>;
-  Row steered({x, skip}, direction, static_cast<int>(args.dim), threads);
+  Row steered(row, inputs, direction, static_cast<int>(args.dim), threads);
   if (!steered.template measure<kNorm == Norm::kLayer>(threads, args.steering.min_relative_norm)) {
     return false;
   }
@@ -83,19 +81,26 @@ __global__ void __launch_bounds__(kMaxRowThreads, kMinBlocks)
     skip_norm_kernel(const SkipNormArgs args, const float inverse_dim, const int row_threads) {
   wait_for_previous_kernel();
   RowThreads threads(row_threads);
-  for (std::int64_t row = threads.first_row(); row < args.rows; row += threads.row_stride()) {
-    T* residual = static_cast<T*>(args.residual) + row * args.residual_stride;
-    T* normed = static_cast<T*>(args.normed) + row * args.normed_stride;
-    const Direction<T> direction = direction_of<T>(args.steering, row);
-    if (!direction.valid) {
-      fill_row(residual, NAN, static_cast<int>(args.dim), threads);
-      fill_row(normed, NAN, static_cast<int>(args.dim), threads);
-    } else if (!skip_norm_row<kNorm, float, T, Shape>(args, row, residual, normed, direction,
-                                                      inverse_dim, threads)) {
-      skip_norm_row<kNorm, double, T, SlowShape>(args, row, residual, normed, direction,
-                                                 inverse_dim, threads);
-    }
-  }
+  const int dim = static_cast<int>(args.dim);
+  const auto row_of = [&](std::int64_t row) {
+    return RowOf<T, 2>{static_cast<const T*>(args.x) + row * args.x_stride,
+                       static_cast<const T*>(args.skip) + row * args.skip_stride};
+  };
+  for_each_row<T, 2, Shape>(
+      args.steering, args.rows, dim, threads, row_of,
+      [&](std::int64_t row, const Direction<T>& direction, const Inputs<T, 2, Shape>& inputs) {
+        T* residual = static_cast<T*>(args.residual) + row * args.residual_stride;
+        T* normed = static_cast<T*>(args.normed) + row * args.normed_stride;
+        if (!direction.valid) {
+          fill_row(residual, NAN, dim, threads);
+          fill_row(normed, NAN, dim, threads);
+        } else if (!skip_norm_row<kNorm, float, T, Shape>(args, row_of(row), residual, normed,
+                                                          direction, inverse_dim, threads,
+                                                          inputs)) {
+          skip_norm_row<kNorm, double, T, SlowShape>(args, row_of(row), residual, normed, direction,
+                                                     inverse_dim, threads, {});
+        }
+      });
 }
 
 template <Norm kNorm>
@@ -110,7 +115,8 @@ int skip_norm(const SkipNormArgs& args, void* stream) {
                         steering.vectors}) &&
       strides_aligned(args.dtype, {args.x_stride, args.skip_stride, args.residual_stride,
                                    args.normed_stride, steering.vectors_stride});
-  const LaunchPlan plan = cuda::plan(args.rows, args.dim, args.dtype, capability, aligned);
+  LaunchPlan plan = cuda::plan(args.rows, args.dim, args.dtype, capability, aligned);
+  if (const cudaError_t error = let_stay(&plan, steering, args.rows, kMinBlocks)) return error;
   return with_type(args.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     return with_shape<T>(plan, [&](auto shape) {

@@ -20,9 +20,10 @@ __device__ void copy_row(const T* from, T* to, int dim, const RowThreads& thread
 // False: nothing was written, the sums are not for this Real.
 template <typename Real, typename T, typename Shape>
 __device__ bool steer_row(const SteerArgs& args, const T* hidden, T* out,
-                          const Direction<T>& direction, RowThreads& threads) {
+                          const Direction<T>& direction, RowThreads& threads,
+                          const Inputs<T, 1, Shape>& inputs) {
   const int dim = static_cast<int>(args.dim);
-  SteeredRow<Real, T, 1, Shape> steered({hidden}, direction, dim, threads);
+  SteeredRow<Real, T, 1, Shape> steered({hidden}, inputs, direction, dim, threads);
   if (!steered.template measure<false>(threads, args.steering.min_relative_norm)) return false;
   if (!steered.changed()) {
     copy_row<T, Shape>(hidden, out, dim, threads);
@@ -43,23 +44,28 @@ __device__ bool steer_row(const SteerArgs& args, const T* hidden, T* out,
 }
 
 template <typename T, typename Shape>
-__global__ void __launch_bounds__(kMaxRowThreads, kSteerBlocks)
+__global__ void __launch_bounds__(kMaxRowThreads,
+                                  Shape::kStays ? stay_blocks(sizeof(T)) : kSteerBlocks)
     steer_kernel(const SteerArgs args, const int row_threads) {
   wait_for_previous_kernel();
   RowThreads threads(row_threads);
   const int dim = static_cast<int>(args.dim);
-  for (std::int64_t row = threads.first_row(); row < args.rows; row += threads.row_stride()) {
-    const T* hidden = static_cast<const T*>(args.hidden) + row * args.hidden_stride;
-    T* out = static_cast<T*>(args.out) + row * args.out_stride;
-    const Direction<T> direction = direction_of<T>(args.steering, row);
-    if (!direction.valid) {
-      fill_row(out, NAN, dim, threads);
-    } else if (direction.vector == nullptr) {
-      copy_row<T, Shape>(hidden, out, dim, threads);
-    } else if (!steer_row<float, T, Shape>(args, hidden, out, direction, threads)) {
-      steer_row<double, T, SlowShape>(args, hidden, out, direction, threads);
-    }
-  }
+  const auto hidden_of = [&](std::int64_t row) {
+    return RowOf<T, 1>{static_cast<const T*>(args.hidden) + row * args.hidden_stride};
+  };
+  for_each_row<T, 1, Shape>(
+      args.steering, args.rows, dim, threads, hidden_of,
+      [&](std::int64_t row, const Direction<T>& direction, const Inputs<T, 1, Shape>& inputs) {
+        const T* hidden = hidden_of(row).parts[0];
+        T* out = static_cast<T*>(args.out) + row * args.out_stride;
+        if (!direction.valid) {
+          fill_row(out, NAN, dim, threads);
+        } else if (!Shape::kStays && direction.vector == nullptr) {
+          copy_row<T, Shape>(hidden, out, dim, threads);
+        } else if (!steer_row<float, T, Shape>(args, hidden, out, direction, threads, inputs)) {
+          steer_row<double, T, SlowShape>(args, hidden, out, direction, threads, {});
+        }
+      });
 }
 
 }  // namespace
@@ -73,9 +79,10 @@ int steer_add_normalize(const SteerArgs& args, void* stream) {
   const bool aligned =
       pointers_aligned({args.hidden, args.out, steering.vectors}) &&
       strides_aligned(args.dtype, {args.hidden_stride, args.out_stride, steering.vectors_stride});
-  const LaunchPlan plan = cuda::plan(args.rows, args.dim, args.dtype, capability, aligned);
+  LaunchPlan plan = cuda::plan(args.rows, args.dim, args.dtype, capability, aligned);
   return with_type(args.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
+    if (int error = let_stay(&plan, steering, args.rows, stay_blocks(sizeof(T)))) return error;
     return with_shape<T>(plan, [&](auto shape) {
       return launch(steer_kernel<T, decltype(shape)>, dim3(static_cast<unsigned>(plan.blocks)),
                     plan.threads, plan.programmatic_launch, stream, args,

@@ -16,12 +16,14 @@
 namespace grains::cuda {
 
 // How a thread holds its part of a row: kVectors vectors of kVector elements at a time, which are
-// all of its part (kept in registers from the first pass on), or a tile of several.
-template <int kVectorElements, int kTileSize, bool kKeepRow>
+// all of its part (kept in registers from the first pass on), or a tile of several. A thread that
+// stays for many rows of one direction holds its part of that too, and reads a row ahead.
+template <int kVectorElements, int kTileSize, bool kKeepRow, bool kStay = false>
 struct RowShape {
   static constexpr int kVector = kVectorElements;
   static constexpr int kVectors = kTileSize;
   static constexpr bool kKept = kKeepRow;
+  static constexpr bool kStays = kStay;
 };
 
 // For rows whose sums leave float32's range: rare, so small rather than fast.
@@ -86,7 +88,37 @@ __device__ void for_each_tile(Tile<Shape::kVectors> tile, Body body) {
   }
 }
 
-// h is the sum of kParts rows. Real is float, or double for rows whose sums leave float's range.
+// h is the sum of kParts rows.
+template <typename T, int kParts>
+struct RowOf {
+  const T* parts[kParts];
+};
+
+// A tile of those rows, and of their direction.
+template <typename T, int kParts, typename Shape>
+struct Inputs {
+  using Packets = Packet<T, Shape::kVector>[Shape::kVectors];
+  Packets parts[kParts] = {};
+  Packets vector = {};
+
+  __device__ void forget_conversions() {
+#pragma unroll
+    for (int k = 0; k < Shape::kVectors; ++k) {
+#pragma unroll
+      for (int p = 0; p < kParts; ++p) cuda::forget_conversions(parts[p][k]);
+      cuda::forget_conversions(vector[k]);
+    }
+  }
+};
+
+template <typename T, int kParts, typename Shape>
+__device__ void load_parts(const Tile<Shape::kVectors>& tile, const RowOf<T, kParts>& row,
+                           Inputs<T, kParts, Shape>& inputs) {
+#pragma unroll
+  for (int p = 0; p < kParts; ++p) tile.load_from(row.parts[p], inputs.parts[p]);
+}
+
+// Real is float, or double for rows whose sums leave float's range.
 template <typename Real, typename T, int kParts, typename Shape>
 class SteeredRow {
  public:
@@ -94,12 +126,13 @@ class SteeredRow {
   static constexpr int kVectors = Shape::kVectors;
   using Values = Real[kVectors][kVector];
 
-  __device__ SteeredRow(const T* const (&parts)[kParts], const Direction<T>& direction, int dim,
-                        const RowThreads& threads)
-      : direction_(direction), own_{threads.lane(), threads.count(), dim / kVector} {
-#pragma unroll
-    for (int p = 0; p < kParts; ++p) parts_[p] = parts[p];
-  }
+  // With Shape::kStays `inputs` holds the row already.
+  __device__ SteeredRow(const RowOf<T, kParts>& row, const Inputs<T, kParts, Shape>& inputs,
+                        const Direction<T>& direction, int dim, const RowThreads& threads)
+      : row_(row),
+        inputs_(inputs),
+        direction_(direction),
+        own_{threads.lane(), threads.count(), dim / kVector} {}
 
   // Sums the squares of h and of h + a v, and with kMean also their values, in one reduction.
   // Returns false, with nothing decided, where float cannot hold them.
@@ -119,7 +152,7 @@ class SteeredRow {
             sums[2] += base[k][e];
             sums[3] += steered[k][e];
           }
-          if constexpr (Shape::kKept) kept_[k][e] = steered[k][e];
+          if constexpr (kKeepsSum) kept_[k][e] = steered[k][e];
         }
       }
     });
@@ -133,7 +166,7 @@ class SteeredRow {
       // The row of an infinite h is not left alone: it becomes NaN, like every other use of it.
       if (sums[1] <= epsilon * epsilon * sums[0] && sums[1] < Real(INFINITY)) {
         direction_.vector = nullptr;
-        if constexpr (Shape::kKept) {
+        if constexpr (kKeepsSum) {
           Values base;
           read(own_, base, kept_);
         }
@@ -149,9 +182,10 @@ class SteeredRow {
   // After measure(): hands body each tile of the steered row, the scale applied.
   template <typename Body>
   __device__ void for_each_steered(Body body) {
+    if constexpr (Shape::kStays) inputs_.forget_conversions();
     for_each_tile([&](const Tile<kVectors>& tile) {
       Values values;
-      if constexpr (!Shape::kKept) {
+      if constexpr (!kKeepsSum) {
         Values base;
         read(tile, base, values);
       }
@@ -159,7 +193,7 @@ class SteeredRow {
       for (int k = 0; k < kVectors; ++k) {
 #pragma unroll
         for (int e = 0; e < kVector; ++e) {
-          if constexpr (Shape::kKept) values[k][e] = kept_[k][e];
+          if constexpr (kKeepsSum) values[k][e] = kept_[k][e];
           values[k][e] *= scale_;
         }
       }
@@ -176,6 +210,10 @@ class SteeredRow {
   __device__ Real sum() const { return sum_; }
 
  private:
+  // With Shape::kStays the inputs are in registers anyway, half as many for the half types: the sum
+  // is formed again.
+  static constexpr bool kKeepsSum = Shape::kKept && !Shape::kStays;
+
   // Under the lower bound, squares of elements may have been flushed or rounded as subnormals.
   // Written so that NaN is out of range.
   __device__ static bool in_float_range(float sum) { return sum >= 1e-25f && sum <= FLT_MAX; }
@@ -187,22 +225,32 @@ class SteeredRow {
 
   // All loads come before the first use. Past the end of the row both are zero.
   __device__ void read(const Tile<kVectors>& tile, Values& base, Values& steered) const {
-    Packet<T, kVector> parts[kParts][kVectors], vector[kVectors] = {};
-#pragma unroll
-    for (int p = 0; p < kParts; ++p) tile.load_from(parts_[p], parts[p]);
-    if (direction_.vector != nullptr) {
-      tile.load_from(direction_.vector, vector);
+    if constexpr (Shape::kStays) {
+      combine(inputs_, base, steered);
+    } else {
+      Inputs<T, kParts, Shape> inputs;
+      load_parts(tile, row_, inputs);
+      if (direction_.vector != nullptr) {
+        tile.load_from(direction_.vector, inputs.vector);
+      }
+      combine(inputs, base, steered);
     }
+  }
+
+  __device__ void combine(const Inputs<T, kParts, Shape>& inputs, Values& base,
+                          Values& steered) const {
     const Real strength = direction_.strength;
     const bool active = changed();
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
 #pragma unroll
       for (int e = 0; e < kVector; ++e) {
-        Real h = to_float(parts[0][k].element[e]);
+        Real h = to_float(inputs.parts[0][k].element[e]);
 #pragma unroll
-        for (int p = 1; p < kParts; ++p) h += static_cast<Real>(to_float(parts[p][k].element[e]));
-        const Real v = to_float(vector[k].element[e]);
+        for (int p = 1; p < kParts; ++p) {
+          h += static_cast<Real>(to_float(inputs.parts[p][k].element[e]));
+        }
+        const Real v = to_float(inputs.vector[k].element[e]);
         base[k][e] = h;
         // Not h + 0 v: v may be infinite.
         steered[k][e] = active ? fma(strength, v, h) : h;
@@ -210,7 +258,8 @@ class SteeredRow {
     }
   }
 
-  const T* parts_[kParts];
+  RowOf<T, kParts> row_;
+  Inputs<T, kParts, Shape> inputs_;
   Direction<T> direction_;
   Tile<kVectors> own_;
   Values kept_;
@@ -218,6 +267,35 @@ class SteeredRow {
   Real sum_of_squares_ = 0;
   Real sum_ = 0;
 };
+
+// Calls body(row, direction, inputs) for each row of this thread; row_of(row) is where its parts
+// lie. With Shape::kStays the direction is read once, and a row's parts while the row before it is
+// worked on; else `inputs` is empty.
+template <typename T, int kParts, typename Shape, typename Place, typename Body>
+__device__ void for_each_row(const SteeringArgs& steering, std::int64_t rows, int dim,
+                             const RowThreads& threads, Place row_of, Body body) {
+  const std::int64_t stride = threads.row_stride();
+  std::int64_t row = threads.first_row();
+  if constexpr (Shape::kStays) {
+    if (row >= rows) return;
+    const Tile<Shape::kVectors> own{threads.lane(), threads.count(), dim / Shape::kVector};
+    const Direction<T> direction{static_cast<const T*>(steering.vectors), steering.strength[0]};
+    Inputs<T, kParts, Shape> ahead;
+    own.load_from(direction.vector, ahead.vector);
+    load_parts(own, row_of(row), ahead);
+#pragma unroll 1
+    for (; row < rows; row += stride) {
+      ahead.forget_conversions();
+      const Inputs<T, kParts, Shape> inputs = ahead;
+      if (row + stride < rows) load_parts(own, row_of(row + stride), ahead);
+      body(row, direction, inputs);
+    }
+  } else {
+    for (; row < rows; row += stride) {
+      body(row, direction_of<T>(steering, row), Inputs<T, kParts, Shape>{});
+    }
+  }
+}
 
 template <typename T>
 __device__ void fill_row(T* row, float value, int dim, const RowThreads& threads) {

@@ -6,6 +6,9 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
+
+#include "launch_limits.h"
 
 namespace grains::cuda {
 
@@ -23,6 +26,18 @@ __device__ Packet<T, kSize> load(const T* row, std::int64_t vector) {
 template <typename T, int kSize>
 __device__ void store(T* row, std::int64_t vector, const Packet<T, kSize>& packet) {
   reinterpret_cast<Packet<T, kSize>*>(row)[vector] = packet;
+}
+
+// What was made of the packet is made again where it is needed again, instead of being kept: as
+// float32, half types take twice the registers.
+template <typename T, int kSize>
+__device__ void forget_conversions(Packet<T, kSize>& packet) {
+  static_assert(sizeof(packet) == kVectorBytes);
+  unsigned words[kVectorBytes / 4];
+  memcpy(words, &packet, sizeof(packet));
+#pragma unroll
+  for (int i = 0; i < kVectorBytes / 4; ++i) asm volatile("" : "+r"(words[i]));
+  memcpy(&packet, words, sizeof(packet));
 }
 
 __device__ inline float to_float(float value) { return value; }

@@ -94,6 +94,7 @@ py::dict launch_plan(std::int64_t rows, std::int64_t dim, const std::string& dty
   result["elements_per_thread"] = plan.elements_per_thread;
   result["blocks"] = plan.blocks;
   result["programmatic_launch"] = plan.programmatic_launch;
+  result["stays"] = plan.stays;
   return result;
 }
 

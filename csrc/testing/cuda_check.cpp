@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "grains/cuda.h"
+#include "grains/launch_plan.h"
 
 namespace {
 
@@ -44,6 +45,41 @@ void fill(const Memory& memory, const std::vector<T>& values) {
   check(
       cudaMemcpy(memory.as<T>(), values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice),
       "cudaMemcpy");
+}
+
+// One direction, by blocks that stay for several rows of what is enough rows for that.
+void run_staying(DType dtype, std::int64_t rows, std::int64_t dim) {
+  const std::int64_t row_bytes = dim * (dtype == DType::kFloat32 ? 4 : 2);
+  const Memory x(rows * row_bytes), skip(rows * row_bytes), out(rows * row_bytes);
+  const Memory vector(row_bytes), weight(row_bytes), strength(4);
+  fill<float>(strength, {0.5f});
+  SteeringArgs steering;
+  steering.vectors = vector.at(0);
+  steering.vectors_stride = dim;
+  steering.strength = strength.as<float>();
+  SteerArgs steer;
+  steer.hidden = x.at(0);
+  steer.out = out.at(0);
+  steer.rows = rows;
+  steer.dim = steer.hidden_stride = steer.out_stride = dim;
+  steer.steering = steering;
+  steer.dtype = dtype;
+  check(cuda::steer_add_normalize(steer, nullptr), "steer_add_normalize, staying");
+  steer.out = x.at(0);
+  check(cuda::steer_add_normalize(steer, nullptr), "steer_add_normalize in place, staying");
+  SkipNormArgs norm;
+  norm.x = norm.residual = x.at(0);
+  norm.skip = skip.at(0);
+  norm.weight = weight.at(0);
+  norm.normed = out.at(0);
+  norm.rows = rows;
+  norm.dim = norm.x_stride = norm.skip_stride = norm.normed_stride = norm.residual_stride = dim;
+  norm.steering = steering;
+  norm.dtype = dtype;
+  check(cuda::skip_steer_rms_norm(norm, nullptr), "skip_steer_rms_norm, staying");
+  norm.bias = weight.at(0);
+  check(cuda::skip_steer_layer_norm(norm, nullptr), "skip_steer_layer_norm, staying");
+  check(cudaDeviceSynchronize(), "a kernel whose blocks stay");
 }
 
 // `offset` elements off the alignment of cudaMalloc: what a slice of a tensor is.
@@ -127,6 +163,7 @@ void run(DType dtype, std::int64_t rows, std::int64_t dim, std::int64_t offset) 
 
 int main() {
   int shapes = 0;
+  if (grains_set_cuda_stay("always") != 1) return 1;
   for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
     // Several rows per block, one, rows that registers hold and rows that they do not; odd widths.
     for (const std::int64_t dim : {1, 7, 64, 100, 512, 1000, 4096, 4099, 8192, 9000}) {
@@ -134,6 +171,9 @@ int main() {
         for (const std::int64_t offset : {0, 1}) run(dtype, rows, dim, offset), ++shapes;
       }
     }
+    // More rows than any GPU holds blocks.
+    run_staying(dtype, 1500, 8192), ++shapes;
+    run_staying(dtype, 50000, 128), ++shapes;
   }
   std::printf("cuda_check: every op ran in %d shapes\n", shapes);
 }

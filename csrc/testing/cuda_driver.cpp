@@ -29,6 +29,11 @@ GRAINS_TEST_API void plan(std::int64_t rows, std::int64_t dim, int dtype, int ca
                           int aligned, grains::cuda::LaunchPlan* out) {
   *out = grains::cuda::plan(rows, dim, static_cast<grains::DType>(dtype), capability, aligned != 0);
 }
+GRAINS_TEST_API void plan_staying(grains::cuda::LaunchPlan* plan, std::int64_t rows,
+                                  std::int64_t resident_threads, int stay) {
+  *plan = grains::cuda::plan_staying(*plan, rows, resident_threads,
+                                     static_cast<grains::cuda::Stay>(stay));
+}
 GRAINS_TEST_API void plan_interpolate(std::int64_t rows, std::int64_t steps, std::int64_t dim,
                                       int dtype, int capability, int aligned,
                                       grains::cuda::InterpolatePlan* out) {
@@ -51,4 +56,5 @@ GRAINS_TEST_API std::size_t size_of_skip_norm_args() { return sizeof(grains::Ski
 GRAINS_TEST_API void set_compute_capability(int capability) {
   cuda_shim::set_compute_capability(capability);
 }
+GRAINS_TEST_API void set_multiprocessors(int count) { cuda_shim::set_multiprocessors(count); }
 GRAINS_TEST_API void set_max_grid(unsigned blocks) { cuda_shim::set_max_grid(blocks); }

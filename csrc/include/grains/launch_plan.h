@@ -19,10 +19,22 @@ struct LaunchPlan {
   std::int32_t elements_per_thread = 0;  // kept in registers; 0: the row is re-read
   std::int64_t blocks = 0;
   bool programmatic_launch = false;  // programmatic dependent launch, cc >= 9 only
+  bool stays = false;  // blocks work through many rows, with their one direction in registers
 };
 
 LaunchPlan plan(std::int64_t rows, std::int64_t dim, DType dtype, std::int32_t compute_capability,
                 bool aligned);
+
+// For a call with one direction for all rows: `plan`, with fewer blocks that stay, where registers
+// hold the row. `resident_threads`: what the device runs at once of the staying kernel. kAuto:
+// where the rows are enough to pay; the other choices are for measuring one against the other.
+enum class Stay : std::int32_t { kAuto = 0, kNever = 1, kAlways = 2 };
+
+LaunchPlan plan_staying(LaunchPlan plan, std::int64_t rows, std::int64_t resident_threads,
+                        Stay stay);
+
+// What the launchers pass to it: kAuto, or what grains_set_cuda_stay was last told.
+Stay chosen_stay();
 
 // ig_interpolate: a thread per vector of an input row, which makes that vector of steps_per_block
 // points. `blocks` is the grid's x (vectors), `step_blocks` its y.
@@ -53,3 +65,7 @@ AccumulatePlan plan_accumulate(std::int64_t rows, std::int64_t steps, std::int64
                                std::int32_t compute_capability, bool aligned);
 
 }  // namespace grains::cuda
+
+// "auto", "never" or "always", of the kernels of this library; 1, or 0 for any other word. Every
+// library with the CUDA kernels exports it.
+extern "C" int grains_set_cuda_stay(const char* choice);

@@ -23,7 +23,11 @@ enum cudaError_t {
   cudaErrorInvalidConfiguration = 9,
   cudaErrorLaunchFailure = 719,
 };
-enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
+};
 enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
@@ -64,6 +68,8 @@ T shuffle_xor(int line, unsigned mask, T value, int lane_xor) {
 
 // The capability that the one device reports.
 void set_compute_capability(int capability);
+// And how many multiprocessors it has.
+void set_multiprocessors(int count);
 // At most this many blocks along x, to see a grid that is smaller than its work; 0: no limit.
 void set_max_grid(unsigned blocks);
 const char* failure();

@@ -41,6 +41,7 @@ ucontext_t scheduler;
 const std::function<void()>* kernel = nullptr;
 std::string message;
 int capability = 90;
+int multiprocessors = 132;
 unsigned max_grid = 0;
 
 unsigned char* stack_of(unsigned index) {
@@ -218,6 +219,7 @@ cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& t
 }
 
 void set_compute_capability(int value) { capability = value; }
+void set_multiprocessors(int count) { multiprocessors = count; }
 void set_max_grid(unsigned blocks) { max_grid = blocks; }
 const char* failure() { return message.c_str(); }
 
@@ -229,8 +231,17 @@ cudaError_t cudaGetDevice(int* device) {
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrComputeCapabilityMajor ? cuda_shim::capability / 10
-                                                          : cuda_shim::capability % 10;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = cuda_shim::multiprocessors;
+      break;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = cuda_shim::capability / 10;
+      break;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = cuda_shim::capability % 10;
+      break;
+  }
   return cudaSuccess;
 }
 
