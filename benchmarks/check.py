@@ -22,12 +22,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cpu_driver import DTYPES, OPS, Driver, MissingToolError, native
+from benchmarks.cpu_driver import DECODER_OPS, DTYPES, OPS, Driver, MissingToolError, native
 from grains_ext.timing import Spread, processor
 
 REFERENCE = Path(__file__).resolve().parent / "results" / "kernels-check.json"
 COUNTED = (1, 512)
 TIMED = ((64, 4096), (2048, 4096))
+COUNTED_ATTENTION = (8, 64)
+"""Tokens, and the width of all heads, of 64 each; a tile of queries and part of the next one."""
+TIMED_ATTENTION = ((64, 512), (512, 512))
 ROUNDS = 9
 ATTEMPTS = 3
 MORE_INSTRUCTIONS = 1.02
@@ -63,19 +66,19 @@ class Finding:
 
 
 def kernels() -> Iterator[tuple[str, str]]:
-    for op in OPS:
+    for op in (*OPS, *DECODER_OPS):
         for dtype in DTYPES:
             yield op, dtype
 
 
 def count(driver: Driver) -> dict[str, int]:
     """Case -> instructions, over all instruction sets."""
-    rows, dim = COUNTED
-    return {
-        f"{isa} {op} {dtype}": driver.count(isa, op, dtype, rows, dim)
-        for isa in driver.isas()
-        for op, dtype in kernels()
-    }
+    counted: dict[str, int] = {}
+    for isa in driver.isas():
+        for op, dtype in kernels():
+            rows, dim = COUNTED_ATTENTION if op.startswith("attention") else COUNTED
+            counted[f"{isa} {op} {dtype}"] = driver.count(isa, op, dtype, rows, dim)
+    return counted
 
 
 def time(driver: Driver, op: str, dtype: str, rows: int, dim: int) -> Spread:
@@ -88,7 +91,7 @@ def timed_cases() -> dict[str, tuple[str, str, int, int]]:
     return {
         f"{op} {dtype} {rows}x{dim}": (op, dtype, rows, dim)
         for op, dtype in kernels()
-        for rows, dim in TIMED
+        for rows, dim in (TIMED_ATTENTION if op.startswith("attention") else TIMED)
     }
 
 

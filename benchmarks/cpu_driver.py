@@ -25,6 +25,16 @@ OPS = (
     "ig_interpolate",
     "ig_accumulate",
 )
+DECODER_OPS = (
+    "rms_norm",
+    "rms_norm_backward",
+    "gated_activation",
+    "gated_activation_backward",
+    "rotary",
+    "attention",
+    "attention_backward",
+)
+"""What is between a decoder's matrix products: counted and timed only."""
 DTYPES: dict[str, Any] = {
     "float32": np.float32,
     "float16": np.float16,

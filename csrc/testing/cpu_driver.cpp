@@ -7,7 +7,8 @@
 //   bytes",
 //                                              then as many bytes; the inputs are the same
 //                                              everywhere
-//   cpu_driver count ISA OP DTYPE ROWS DIM     instructions of one call, one thread
+//   cpu_driver count ISA OP DTYPE ROWS DIM     instructions of one call, one thread. This and time
+//                                              take a decoder's ops too, ROWS being its tokens
 //   cpu_driver time ISA OP DTYPE ROWS DIM N    N times: nanoseconds of one call and of memcpy of as
 //                                              many bytes as the op's rows have, one thread, hot
 #include <signal.h>
@@ -26,6 +27,7 @@
 #include <vector>
 
 #include "grains/cpu.h"
+#include "grains/decoder.h"
 
 namespace {
 
@@ -111,6 +113,9 @@ void add_special_rows(Buffer* rows, DType dtype, std::int64_t count, std::int64_
 
 const char* const kOps[] = {"steer_add_normalize",   "steer_add_normalize_", "skip_steer_rms_norm",
                             "skip_steer_layer_norm", "ig_interpolate",       "ig_accumulate"};
+const char* const kDecoderOps[] = {
+    "rms_norm", "rms_norm_backward", "gated_activation",  "gated_activation_backward",
+    "rotary",   "attention",         "attention_backward"};
 const char* const kTypes[] = {"float32", "float16", "bfloat16"};
 
 struct Problem {
@@ -231,6 +236,138 @@ class Call {
   std::vector<Buffer> buffers_;
 };
 
+// One sequence of `rows` tokens, in heads of 64 elements.
+class DecoderCall {
+ public:
+  explicit DecoderCall(const Problem& problem) : problem_(problem) {
+    const std::int64_t count = problem.rows * problem.dim;
+    for (std::uint64_t seed = 1; seed <= 4; ++seed) {
+      buffers_.push_back(random_rows(problem.dtype, count, seed));
+    }
+    buffers_.push_back(random_rows(problem.dtype, problem.rows * kWidth, 5));
+    buffers_.push_back(random_rows(problem.dtype, problem.rows * kWidth, 6));
+    buffers_.push_back(random_rows(problem.dtype, problem.dim, 7));
+    const std::size_t floats = static_cast<std::size_t>(problem.rows * problem.dim) * sizeof(float);
+    buffers_.emplace_back(floats);
+    for (int i = 0; i < 4; ++i) buffers_.emplace_back(buffers_[kFirst].bytes);
+    const bool gradient = problem.op.rfind("_backward") != std::string::npos;
+    if (!gradient) return;
+    if (problem.op == "rms_norm_backward") cpu::rms_norm(rms_norm(), Parallel{});
+    if (problem.op == "attention_backward") cpu::attention(attention(), Parallel{});
+  }
+
+  std::size_t copied_bytes() const {
+    const std::string& op = problem_.op;
+    const std::size_t halves = op == "rms_norm" || op == "rotary"  ? 2
+                               : op == "attention"                 ? 4
+                               : op == "attention_backward"        ? 8
+                               : op == "gated_activation_backward" ? 5
+                                                                   : 3;
+    return halves * buffers_[kFirst].bytes / 2;
+  }
+
+  void run() {
+    const std::string& op = problem_.op;
+    const Parallel serial;
+    if (op == "rms_norm") {
+      cpu::rms_norm(rms_norm(), serial);
+    } else if (op == "rms_norm_backward") {
+      RmsNormBackwardArgs args;
+      args.grad = data(kSecond);
+      args.x = data(kFirst);
+      args.weight = data(kWeight);
+      args.rstd = static_cast<float*>(data(kFloats));
+      args.grad_x = data(kOutput);
+      args.rows = problem_.rows;
+      args.dim = args.grad_stride = args.x_stride = problem_.dim;
+      args.dtype = problem_.dtype;
+      cpu::rms_norm_backward(args, serial);
+    } else if (op == "gated_activation") {
+      GatedArgs args;
+      args.gate = data(kFirst);
+      args.up = data(kSecond);
+      args.out = data(kOutput);
+      args.rows = problem_.rows;
+      args.dim = args.gate_stride = args.up_stride = problem_.dim;
+      args.dtype = problem_.dtype;
+      cpu::gated_activation(args, serial);
+    } else if (op == "gated_activation_backward") {
+      GatedBackwardArgs args;
+      args.grad = data(kThird);
+      args.gate = data(kFirst);
+      args.up = data(kSecond);
+      args.grad_gate = data(kOutput);
+      args.grad_up = data(kOutput + 1);
+      args.rows = problem_.rows;
+      args.dim = args.grad_stride = args.gate_stride = args.up_stride = problem_.dim;
+      args.grad_gate_stride = args.grad_up_stride = problem_.dim;
+      args.dtype = problem_.dtype;
+      cpu::gated_activation_backward(args, serial);
+    } else if (op == "rotary") {
+      RotaryArgs args;
+      args.x = data(kFirst);
+      args.cos = data(kCos);
+      args.sin = data(kSin);
+      args.out = data(kOutput);
+      args.batch = 1;
+      args.heads = problem_.dim / kWidth;
+      args.tokens = problem_.rows;
+      args.width = args.dim = args.table_token_stride = kWidth;
+      args.x_strides = args.out_strides = strides();
+      args.dtype = problem_.dtype;
+      cpu::rotary(args, serial);
+    } else if (op == "attention") {
+      cpu::attention(attention(), serial);
+    } else {
+      AttentionBackwardArgs args;
+      args.forward = attention();
+      args.grad = data(kFourth);
+      args.grad_strides = strides();
+      args.grad_q = data(kOutput + 1);
+      args.grad_k = data(kOutput + 2);
+      args.grad_v = data(kOutput + 3);
+      cpu::attention_backward(args, serial);
+    }
+  }
+
+ private:
+  enum { kFirst, kSecond, kThird, kFourth, kCos, kSin, kWeight, kFloats, kOutput };
+  static constexpr std::int64_t kWidth = 64;
+
+  void* data(int i) { return buffers_[static_cast<std::size_t>(i)].data.get(); }
+  HeadStrides strides() const { return {problem_.rows * problem_.dim, kWidth, problem_.dim}; }
+  RmsNormArgs rms_norm() {
+    RmsNormArgs args;
+    args.x = data(kFirst);
+    args.weight = data(kWeight);
+    args.out = data(kOutput);
+    args.rstd = static_cast<float*>(data(kFloats));
+    args.rows = problem_.rows;
+    args.dim = args.x_stride = problem_.dim;
+    args.dtype = problem_.dtype;
+    return args;
+  }
+  AttentionArgs attention() {
+    AttentionArgs args;
+    args.q = data(kFirst);
+    args.k = data(kSecond);
+    args.v = data(kThird);
+    args.out = data(kOutput);
+    args.lse = static_cast<float*>(data(kFloats));
+    args.batch = 1;
+    args.heads = args.kv_heads = problem_.dim / kWidth;
+    args.q_tokens = args.k_tokens = problem_.rows;
+    args.width = args.v_width = kWidth;
+    args.q_strides = args.k_strides = args.v_strides = strides();
+    args.scale = 0.125f;
+    args.dtype = problem_.dtype;
+    return args;
+  }
+
+  Problem problem_;
+  std::vector<Buffer> buffers_;
+};
+
 // --- Commands ------------------------------------------------------------------------------------
 
 void print_isas() {
@@ -288,6 +425,7 @@ long steps_between_stops(const std::function<void()>& body) {
   return steps;
 }
 
+template <class Call>
 void print_count(const Problem& problem) {
   Call call(problem);
   call.run();  // binds what the loader leaves open until the first use
@@ -307,6 +445,7 @@ double nanoseconds(int repeats, Body body) {
   return (now() - start) / repeats;
 }
 
+template <class Call>
 void print_times(const Problem& problem, int rounds) {
   Call call(problem);
   const Buffer from(call.copied_bytes()), to(call.copied_bytes());
@@ -325,9 +464,16 @@ void print_times(const Problem& problem, int rounds) {
   }
 }
 
+bool is_decoder_op(const std::string& name) {
+  for (const char* op : kDecoderOps) {
+    if (name == op) return true;
+  }
+  return false;
+}
+
 Problem problem_of(char** words) {
   Problem problem{words[0], DType::kFloat32, std::atoll(words[2]), std::atoll(words[3])};
-  bool known = false;
+  bool known = is_decoder_op(problem.op);
   for (const char* op : kOps) known |= problem.op == op;
   if (!known) fail("there is no op " + problem.op);
   for (int dtype = 0; dtype < 3; ++dtype) {
@@ -351,9 +497,13 @@ int main(int argc, char** argv) {
   } else if (command == "outputs" && argc == 3) {
     print_outputs();
   } else if (command == "count" && argc == 7) {
-    print_count(problem_of(argv + 3));
+    const Problem problem = problem_of(argv + 3);
+    is_decoder_op(problem.op) ? print_count<DecoderCall>(problem) : print_count<Call>(problem);
   } else if (command == "time" && argc == 8) {
-    print_times(problem_of(argv + 3), std::atoi(argv[7]));
+    const Problem problem = problem_of(argv + 3);
+    const int rounds = std::atoi(argv[7]);
+    is_decoder_op(problem.op) ? print_times<DecoderCall>(problem, rounds)
+                              : print_times<Call>(problem, rounds);
   } else {
     fail(
         "give a command: isas | compiler | outputs ISA | count ISA OP DTYPE ROWS DIM | "
