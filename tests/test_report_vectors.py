@@ -60,6 +60,12 @@ def test_how_they_were_made() -> None:
     assert made["made with"] == "torch 2.13.0"
 
 
+def test_a_model_is_named_without_the_folders_it_lies_in() -> None:
+    local = FITTED | {"base_model": "/home/me/models/tiny"}
+    assert how_made(vectors(metadata=local))["model"] == "tiny"
+    assert how_made(vectors())["model"] == "me/model"
+
+
 def test_a_notebook_shows_all_of_it() -> None:
     shown = text(vectors()._repr_html_())
     assert "2 blocks × 2, strength 0.5, token norms restored" in shown

@@ -20,8 +20,11 @@ class Parameters(Extension):
     def on_function(self, *, func: Function, **kwargs: Any) -> None:
         _rewrite(func, {parameter.name for parameter in func.parameters})
 
-    def on_class(self, *, cls: Class, **kwargs: Any) -> None:
-        _rewrite(cls, set(cls.members))
+    def on_class_members(self, *, cls: Class, **kwargs: Any) -> None:
+        known = set(cls.members)
+        if isinstance(init := cls.members.get("__init__"), Function):
+            known |= {parameter.name for parameter in init.parameters}
+        _rewrite(cls, known)
 
 
 def _rewrite(of: Object, known: set[str]) -> None:

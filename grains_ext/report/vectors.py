@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grains_ext.report.rendering import template
@@ -79,7 +80,7 @@ def how_made(vectors: SteeringVectors) -> dict[str, str]:
     tuning, refine = mapping(metadata, "tuning"), mapping(metadata, "refine")
     versions = mapping(metadata, "versions")
     facts = {
-        "model": metadata.get("base_model"),
+        "model": _name(metadata.get("base_model")),
         "method": _method(metadata),
         "pairs": metadata.get("n_pairs"),
         "baseline": metadata.get("baseline"),
@@ -100,6 +101,11 @@ def _title(vectors: SteeringVectors) -> str:
         f"Steering vectors: {count} × {vectors.hidden_size}, strength {vectors.strength:g}, "
         f"{length}"
     )
+
+
+def _name(model: Any) -> Any:
+    """A folder on somebody's machine by its last name; a hub id as it is."""
+    return Path(model).name if isinstance(model, str) and Path(model).is_absolute() else model
 
 
 def _method(metadata: Mapping[str, Any]) -> str:
