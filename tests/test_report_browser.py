@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from grains_ext import PreferencePair
-from grains_ext.report import report
+from grains_ext.report import Generation, report, write_report
 from grains_ext.report.explorer import FIRST
 from tests.browser import Browser, browser
 from tests.report_runs import write_attributions, write_evaluation, write_everything, write_seen
@@ -245,6 +245,26 @@ def test_2000_pairs_open_at_once(chromium: Browser, tmp_path: Path) -> None:
     chromium.find("#answers input[type=search]").send_keys("number 1999")
     assert chromium.shown("#answers .status") == ["1 of 1 shown"]
     assert loaded < 8000, f"{loaded} ms"
+
+
+def test_continuations_that_nobody_judged(chromium: Browser, tmp_path: Path) -> None:
+    texts = [Generation("q", "red", "blue", answer) for answer in ("red", "blue")]
+    write_report(tmp_path / "page.html", title="t", generations=texts)
+    chromium.open(tmp_path / "page.html")
+    assert chromium.shown("#answers fieldset span") == ["All 2", "Answer changed 1"]
+    assert chromium.errors() == []
+
+
+def test_one_condition_has_nothing_to_compare(chromium: Browser, tmp_path: Path) -> None:
+    path = write_evaluation(tmp_path / "evaluation.json", 3)
+    content = json.loads(path.read_text())
+    content["conditions"] = {"unsteered": content["conditions"]["unsteered"]}
+    path.write_text(json.dumps(content | {"changes": {}}))
+    report(path, tmp_path / "page.html")
+    chromium.open(tmp_path / "page.html")
+    assert chromium.shown("#answers fieldset") == []
+    assert chromium.shown("#answers .status") == ["3 of 3 shown"]
+    assert chromium.errors() == []
 
 
 def test_hostile_texts_do_nothing(chromium: Browser, tmp_path: Path) -> None:

@@ -46,7 +46,11 @@ def test_a_folder_of_runs_is_read_by_what_lies_in_it(found: Parts) -> None:
         "graphs": 1,
     }
     assert [part.title for part in found.attributed] == ["attributions", "seen"]
-    assert [name.split()[1] for name, _ in found.commands] == ["evaluate", "fit", "tune"]
+    assert [name for name, _ in found.commands] == [
+        "grains evaluate --config evaluation.json.yaml",
+        "grains fit --config fitted/fit.yaml",
+        "grains tune --config tuned/tune.yaml",
+    ]
 
 
 def test_figures_of_an_evaluation_keep_their_intervals(found: Parts) -> None:
@@ -95,7 +99,7 @@ def test_limit_leaves_the_figures_whole(run: Path) -> None:
     parts = read_runs([run], limit=4)
     attributed = parts.attributed[0]
     assert (len(attributed.attributions), attributed.n_pairs) == (4, 30)
-    assert len(parts.answers[0].asked) == 4
+    assert (len(parts.answers[0].asked), parts.answers[0].n_asked) == (4, 30)
     assert parts.held_out[0].n_pairs == 30
 
 

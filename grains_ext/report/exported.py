@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from grains_ext.report.parts import Exported, ParityRow, Parts, RateRow
+from grains_ext.report.text import blocks_words
 
 
 def exported(record: Mapping[str, Any], folder: Path, title: str) -> Parts:
@@ -23,7 +24,7 @@ def exported(record: Mapping[str, Any], folder: Path, title: str) -> Parts:
         "model type": record["model_type"],
         "float type": record["dtype"],
         "weights": record["quantize"] or "not quantised",
-        "steered blocks": ", ".join(map(str, blocks)),
+        "steered blocks": blocks_words(blocks),
         "strength": f"{record['strength']:g}",
         "operators": ", ".join(f"{n} {name}" for name, n in operators.items()),
         "opset": record["opset"],
@@ -86,9 +87,8 @@ def benchmark(content: Mapping[str, Any], title: str) -> Parts:
             speed = {name: 1 / ratio[of] for name, of in _TURNED.items()}
             rows.append(_rate_row(each["name"], rate, speed))
         if rows:
-            facts = {"measured": part["title"], "model": content["model"]["name"]}
-            heading = f"{title}: {part['name']}"
-            found.append(Exported(heading, facts, (), tuple(rows), part["unit"], "quartiles"))
+            heading = f"{title}: {part['title']}"
+            found.append(Exported(heading, {}, (), tuple(rows), part["unit"], "quartiles"))
     return Parts(exported=tuple(found))
 
 

@@ -108,11 +108,15 @@ class Asked:
 
 @dataclass(frozen=True)
 class Answers:
-    """The same prompts under several conditions, the unsteered one first."""
+    """The same prompts under several conditions, the unsteered one first.
+
+    n_asked: how many there were, where fewer are shown.
+    """
 
     title: str
     conditions: tuple[str, ...]
     asked: tuple[Asked, ...]
+    n_asked: int | None = None
 
 
 @dataclass(frozen=True)

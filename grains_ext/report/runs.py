@@ -22,6 +22,7 @@ from grains_ext.report.parts import (
     Generation,
     MethodRow,
     Parts,
+    Tuning,
     comparison,
     continued,
 )
@@ -74,7 +75,9 @@ def read_runs(
         else:
             found = _file(run, title, options)
             config = run.with_name(f"{run.name}.yaml")
-            found += Parts(commands=tuple(_command(config)) if config.is_file() else ())
+            found += Parts(
+                commands=tuple(_command(config, config.name)) if config.is_file() else ()
+            )
         if not found:
             raise ValueError(f"{run} holds no run: {_WRITTEN_BY}")
         if len(runs) == 1:
@@ -84,8 +87,7 @@ def read_runs(
     return replace(
         parts,
         directions=_without_repeats(parts.directions),
-        # An exported folder has a copy of the vectors that it was made with.
-        tunings=tuple({repr(replace(each, title="")): each for each in parts.tunings}.values()),
+        tunings=_without_copies(parts.tunings),
     )
 
 
@@ -107,7 +109,7 @@ def _folder(folder: Path, title: str, options: _Options, depth: int = _DEPTH) ->
         elif path.suffix == ".json" and _format_of(path) in _FILES:
             parts += _file(path, title if len(names) == 1 else f"{title}/{path.stem}", options)
         elif path.suffix in (".yaml", ".yml"):
-            parts += Parts(commands=tuple(_command(path)))
+            parts += Parts(commands=tuple(_command(path, f"{title}/{name}")))
     return parts
 
 
@@ -179,13 +181,13 @@ def _naming(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _command(path: Path) -> Iterator[tuple[str, str]]:
+def _command(path: Path, title: str) -> Iterator[tuple[str, str]]:
     """(name, text) where the file is the configuration of a command."""
     if path.stat().st_size <= _MAX_CONFIG:
         text = path.read_text(encoding="utf-8", errors="replace")
         match = _COMMAND.search(text)
         if match is not None and match[1] != "report":
-            yield f"grains {match[1]} --config {path.name}", text
+            yield f"grains {match[1]} --config {title}", text
 
 
 # --- kinds of runs --------------------------------------------------------------------------------
@@ -236,7 +238,10 @@ def _exported(folder: Path, title: str, options: _Options) -> Parts:
 
 def _evaluation(content: Mapping[str, Any], title: str, options: _Options) -> Parts:
     found = evaluated.evaluation(content, title)
-    answers = tuple(replace(each, asked=each.asked[: options.limit]) for each in found.answers)
+    answers = tuple(
+        replace(each, asked=each.asked[: options.limit], n_asked=len(each.asked))
+        for each in found.answers
+    )
     return replace(found, answers=answers)
 
 
@@ -276,7 +281,14 @@ def _retitled(parts: Parts, prefix: str) -> Parts:
 
     names = ("held_out", "answers", "attributed", "directions", "tunings", "exported")
     lists: dict[str, Any] = {name: tuple(map(shorter, getattr(parts, name))) for name in names}
-    return replace(parts, **lists)
+    commands = tuple((name.replace(prefix, "", 1), text) for name, text in parts.commands)
+    return replace(parts, **lists, commands=commands)
+
+
+def _without_copies(found: Sequence[Tuning]) -> tuple[Tuning, ...]:
+    """Each once, the last one of equals: an exported folder has a copy of its vectors."""
+    last = {repr(replace(each, title="")): place for place, each in enumerate(found)}
+    return tuple(found[place] for place in sorted(last.values()))
 
 
 def _without_repeats(found: Sequence[Directions]) -> tuple[Directions, ...]:

@@ -159,11 +159,13 @@ def _exported_glance(parts: Iterable[Exported]) -> list[dict[str, str]]:
         )
     timed = [row for part in parts for row in part.rates if row.name.startswith("steered")]
     if timed:
+        # The native operator where it was timed, as an exported folder runs it.
+        row = next((row for row in timed if "op library" in row.name), timed[-1])
         found.append(
             {
                 "label": "Decoding speed",
-                "value": f"× {timed[-1].ratio:.2f}",
-                "note": f"of the unsteered; {timed[-1].name}",
+                "value": f"× {row.ratio:.2f}",
+                "note": f"of the unsteered; {row.name}",
             }
         )
     return found
@@ -280,6 +282,7 @@ def answers(part: Answers) -> dict[str, Any]:
         "title": part.title,
         "conditions": part.conditions,
         "n": len(rows),
+        "total": part.n_asked or len(rows),
         "judges": judges,
         "generated": any(said.text is not None for each in part.asked for said in each.said),
         "has_margins": "prefers" in judges,

@@ -40,10 +40,12 @@
     // Which of the filters' names a row goes by.
     function kinds(row, judge, after) {
       const found = ["all"];
-      if (row.right) {
-        const [before, now] = [row.right[judge][0], row.right[judge][after]];
-        found.push(before ? (now ? "right" : "lost") : now ? "gained" : "wrong");
-        if (!row.same[after]) found.push("changed");
+      if (row.same) {
+        if (row.same[after] === false) found.push("changed");
+        if (judge) {
+          const [before, now] = [row.right[judge][0], row.right[judge][after]];
+          found.push(before ? (now ? "right" : "lost") : now ? "gained" : "wrong");
+        }
       } else {
         found.push(row.converged ? "converged" : "failed");
       }
