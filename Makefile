@@ -26,11 +26,11 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py
 CXX_FILES := $(shell find csrc examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test test-gpu lint format docs bench bench-check sdist wheel smoke clean
+.PHONY: help setup demo test test-gpu lint format docs notebooks bench bench-check sdist wheel smoke clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make setup | demo | test | test-gpu | lint | format | docs | bench | bench-check | sdist | wheel | clean"
+	@echo "make setup | demo | test | test-gpu | lint | format | docs | notebooks | bench | bench-check | sdist | wheel | clean"
 
 setup: $(VENV)/.built
 
@@ -99,6 +99,10 @@ docs: $(DOCS_DIR)/.installed
 	PYTHONPATH=. PATH="$(abspath $(DOCS_DIR))/bin:$$PATH" zensical build --clean --strict > build/docs.log 2>&1 \
 		|| { cat build/docs.log; exit 1; }
 	! grep -E '^(griffe|mkdocstrings)' build/docs.log
+
+# The tutorials under examples/, run and written with what they show.
+notebooks: setup
+	$(BIN)/python -m tools.notebooks
 
 bench: setup
 	$(BIN)/python -m benchmarks.kernels
