@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload, OpOverloadPacket
 
 __all__ = [
     "ig_accumulate",
@@ -42,20 +43,35 @@ def _load_library(path: Path) -> None:
 _load_library(Path(__file__).with_name("libgrains_torch.so"))
 
 
-def _call(op: Callable[..., Any], *arguments: Any) -> Any:
-    """`op`, past its autograd kernel where nothing needs a gradient: that kernel is in Python and
-    costs several times what the op itself does on a few rows."""
-    # Asked first: a compiler does not trace what comes after.
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-        return op(*arguments)
-    if torch.is_grad_enabled() and _any_requires_grad(arguments):
-        return op(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*arguments)
+_EPS = 1e-6  # of steer_add_normalize, here and in its schema
 
 
-def _any_requires_grad(arguments: tuple[Any, ...]) -> bool:
-    return any(isinstance(given, Tensor) and given.requires_grad for given in arguments)
+class _Op:
+    """An op, and how to call it where a Python frame and a conversion cost as much as its kernel.
+
+    Outside of a compiler, which only meets `default`, `direct` is what calling the overload comes
+    to. It is of the overload `no_grad` where there is one: the autograd kernel of `default` is in
+    Python too, and would be called where nothing needs a gradient.
+    """
+
+    def __init__(self, op: OpOverloadPacket) -> None:
+        self.default: OpOverload = op.default
+        overload = op.no_grad if "no_grad" in op.overloads() else op.default
+        self.direct: Callable[..., Any] = overload._op
+
+    def of(self, *tensors: Tensor | None) -> Callable[..., Any]:
+        """What to call with these tensors."""
+        if torch.compiler.is_compiling() or _needs_gradient(*tensors):
+            return self.default
+        return self.direct
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    if torch.is_grad_enabled():
+        for given in tensors:
+            if given is not None and given.requires_grad:
+                return True
+    return False
 
 
 def _as_strength(strength: Tensor | float, like: Tensor) -> Tensor:
@@ -80,6 +96,9 @@ def check_shape(fits: bool, op: str, name: str, given: Tensor, expected: str) ->
 # --- ig_interpolate -------------------------------------------------------------------------------
 
 
+_IG_INTERPOLATE = _Op(torch.ops.grains.ig_interpolate)
+
+
 def ig_interpolate(input: Tensor, baseline: Tensor, alphas: Tensor) -> Tensor:
     """Points on the straight path from `baseline` to `input`, for Integrated Gradients.
 
@@ -93,7 +112,8 @@ def ig_interpolate(input: Tensor, baseline: Tensor, alphas: Tensor) -> Tensor:
         [S, B, T, D] of `input`'s dtype: baseline + alpha (input - baseline). No gradient: the
         points are leaves of the model's graph.
     """
-    points: Tensor = _call(torch.ops.grains.ig_interpolate.default, input, baseline, alphas)
+    op = _IG_INTERPOLATE.of(input, baseline, alphas)
+    points: Tensor = op(input, baseline, alphas)
     return points
 
 
@@ -109,6 +129,7 @@ def _check_path(op: str, input: Tensor, baseline: Tensor, name: str, per_step: T
 
 
 @torch.library.register_fake("grains::ig_interpolate")
+@torch.library.register_fake("grains::ig_interpolate.no_grad")
 def _(input: Tensor, baseline: Tensor, alphas: Tensor) -> Tensor:
     _check_path("ig_interpolate", input, baseline, "alphas", alphas)
     return input.new_empty((alphas.shape[0], *input.shape))
@@ -120,6 +141,9 @@ torch.library.register_autograd(
 )
 
 # --- ig_accumulate --------------------------------------------------------------------------------
+
+
+_IG_ACCUMULATE = _Op(torch.ops.grains.ig_accumulate)
 
 
 def ig_accumulate(grads: Tensor, input: Tensor, baseline: Tensor, weights: Tensor) -> Tensor:
@@ -134,11 +158,13 @@ def ig_accumulate(grads: Tensor, input: Tensor, baseline: Tensor, weights: Tenso
     Returns:
         float32 [B, T]. The [S, B, T, D] product is never stored. No gradient.
     """
-    scores: Tensor = _call(torch.ops.grains.ig_accumulate.default, grads, input, baseline, weights)
+    op = _IG_ACCUMULATE.of(grads, input, baseline, weights)
+    scores: Tensor = op(grads, input, baseline, weights)
     return scores
 
 
 @torch.library.register_fake("grains::ig_accumulate")
+@torch.library.register_fake("grains::ig_accumulate.no_grad")
 def _(grads: Tensor, input: Tensor, baseline: Tensor, weights: Tensor) -> Tensor:
     _check_path("ig_accumulate", input, baseline, "weights", weights)
     expected = (weights.shape[0], *input.shape)
@@ -154,12 +180,15 @@ torch.library.register_autograd(
 # --- steer_add_normalize --------------------------------------------------------------------------
 
 
+_STEER_ADD_NORMALIZE = _Op(torch.ops.grains.steer_add_normalize)
+
+
 def steer_add_normalize(
     hidden: Tensor,
     vectors: Tensor,
     strength: Tensor | float,
     index: Tensor | None = None,
-    eps: float = 1e-6,
+    eps: float = _EPS,
 ) -> Tensor:
     """Steer each row of `hidden`: h' = (h + a v) |h| / |h + a v| (arXiv 2507.18043, section 3.3).
 
@@ -177,9 +206,12 @@ def steer_add_normalize(
         A new contiguous tensor like `hidden`. Differentiable in hidden, vectors and strength.
     """
     strength = _as_strength(strength, hidden)
-    steered: Tensor = _call(
-        torch.ops.grains.steer_add_normalize.default, hidden, vectors, strength, index, eps
-    )
+    op = _STEER_ADD_NORMALIZE.of(hidden, vectors, strength)
+    steered: Tensor
+    if index is None and eps == _EPS:  # what is left to its default is not converted
+        steered = op(hidden, vectors, strength)
+    else:
+        steered = op(hidden, vectors, strength, index, eps)
     return steered
 
 
@@ -198,6 +230,7 @@ def _check_steering(
 
 
 @torch.library.register_fake("grains::steer_add_normalize")
+@torch.library.register_fake("grains::steer_add_normalize.no_grad")
 def _(
     hidden: Tensor,
     vectors: Tensor,
@@ -264,12 +297,15 @@ torch.library.register_autograd(
 )
 
 
+_STEER_ADD_NORMALIZE_ = _Op(torch.ops.grains.steer_add_normalize_)
+
+
 def steer_add_normalize_(
     hidden: Tensor,
     vectors: Tensor,
     strength: Tensor | float,
     index: Tensor | None = None,
-    eps: float = 1e-6,
+    eps: float = _EPS,
 ) -> Tensor:
     """:func:`steer_add_normalize` written into `hidden`, which is returned.
 
@@ -277,12 +313,16 @@ def steer_add_normalize_(
     steered in a copy and copied back. No gradient: raises where one would be needed.
     """
     strength = _as_strength(strength, hidden)
-    if torch.is_grad_enabled() and _any_requires_grad((hidden, vectors, strength)):
+    if _needs_gradient(hidden, vectors, strength):
         raise RuntimeError(
             "grains::steer_add_normalize_ has no gradient; use steer_add_normalize, or call it "
             "under torch.no_grad()"
         )
-    torch.ops.grains.steer_add_normalize_.default(hidden, vectors, strength, index, eps)
+    op = _STEER_ADD_NORMALIZE_.of()
+    if index is None and eps == _EPS:
+        op(hidden, vectors, strength)
+    else:
+        op(hidden, vectors, strength, index, eps)
     # Autograd must see that a tensor it may have saved has changed; a compiler sees it anyway.
     if not torch.compiler.is_compiling() and not hidden.is_inference():
         torch.autograd.graph.increment_version(hidden)
@@ -301,6 +341,9 @@ def _(
 
 
 # --- skip_steer_rms_norm --------------------------------------------------------------------------
+
+
+_SKIP_STEER_RMS_NORM = _Op(torch.ops.grains.skip_steer_rms_norm)
 
 
 def skip_steer_rms_norm(
@@ -328,18 +371,11 @@ def skip_steer_rms_norm(
         gradient.
     """
     strength = _as_strength(strength, x)
-    both: tuple[Tensor, Tensor] = _call(
-        torch.ops.grains.skip_steer_rms_norm.default,
-        x,
-        skip,
-        vectors,
-        strength,
-        weight,
-        index,
-        eps,
-        weight_offset,
+    op = _SKIP_STEER_RMS_NORM.of(x, skip, vectors, strength, weight)
+    normed: tuple[Tensor, Tensor] = op(
+        x, skip, vectors, strength, weight, index, eps, weight_offset
     )
-    return both
+    return normed
 
 
 def _check_skip(op: str, x: Tensor, skip: Tensor, **parameters: Tensor | None) -> None:
@@ -350,6 +386,7 @@ def _check_skip(op: str, x: Tensor, skip: Tensor, **parameters: Tensor | None) -
 
 
 @torch.library.register_fake("grains::skip_steer_rms_norm")
+@torch.library.register_fake("grains::skip_steer_rms_norm.no_grad")
 def _(
     x: Tensor,
     skip: Tensor,
@@ -373,6 +410,9 @@ torch.library.register_autograd(
 # --- skip_steer_layer_norm ------------------------------------------------------------------------
 
 
+_SKIP_STEER_LAYER_NORM = _Op(torch.ops.grains.skip_steer_layer_norm)
+
+
 def skip_steer_layer_norm(
     x: Tensor,
     skip: Tensor,
@@ -389,21 +429,13 @@ def skip_steer_layer_norm(
     + bias; `bias` is [D] or None. No gradient.
     """
     strength = _as_strength(strength, x)
-    both: tuple[Tensor, Tensor] = _call(
-        torch.ops.grains.skip_steer_layer_norm.default,
-        x,
-        skip,
-        vectors,
-        strength,
-        weight,
-        bias,
-        index,
-        eps,
-    )
-    return both
+    op = _SKIP_STEER_LAYER_NORM.of(x, skip, vectors, strength, weight, bias)
+    normed: tuple[Tensor, Tensor] = op(x, skip, vectors, strength, weight, bias, index, eps)
+    return normed
 
 
 @torch.library.register_fake("grains::skip_steer_layer_norm")
+@torch.library.register_fake("grains::skip_steer_layer_norm.no_grad")
 def _(
     x: Tensor,
     skip: Tensor,

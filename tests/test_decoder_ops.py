@@ -256,6 +256,14 @@ def test_wrong_arguments(op: str, changes: dict[str, Any], message: str) -> None
         getattr(torch.ops.grains, op).default(**inputs)
 
 
+@pytest.mark.parametrize("keys", [2**42, 2**56])
+def test_attention_without_memory(keys: int) -> None:
+    """One key, expanded: the scores of as many exceed every address space."""
+    k = torch.ones(1, 1, 1, 8).expand(1, 1, keys, 8)
+    with pytest.raises(RuntimeError, match=f"grains::attention: no memory .* {keys} keys"):
+        decoder_ops.attention(torch.ones(1, 1, 2, 8), k, k, None, 1.0)
+
+
 def test_unknown_activation() -> None:
     with pytest.raises(ValueError, match="activation must be one of silu, gelu_tanh, got 'relu'"):
         decoder_ops.gated_activation(torch.ones(1), torch.ones(1), "relu")  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from grains_ext import ops
 from tests.op_cases import OPS, as_tuple, make_case
@@ -33,9 +34,38 @@ def test_opcheck(op: str, bank: int | None) -> None:
     torch.library.opcheck(overload, (), inputs, test_utils=tests)
 
 
+class Calls(TorchDispatchMode):
+    """The overloads that were called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_overload_without_autograd_is_for_calls_without_gradients(op: str) -> None:
+    case = make_case(op, (2, 3), 8, torch.float32)
+    wanted = as_tuple(getattr(torch.ops.grains, op).default(**case.inputs))
+    for context in (torch.no_grad(), torch.inference_mode(), torch.enable_grad()):
+        with context, Calls() as calls:
+            results = case.run()
+        assert f"grains.{op}.no_grad" in calls.names
+        for result, expected in zip(results, wanted, strict=True):
+            assert torch.equal(result, expected)
+    next(iter(case.inputs.values())).requires_grad_()
+    with Calls() as calls:
+        assert as_tuple(case.run())[0].requires_grad
+    assert f"grains.{op}.default" in calls.names
+
+
+@pytest.mark.parametrize("overload", ["default", "no_grad"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("op", OPS)
-def test_fake_kernels(op: str, device: str) -> None:
+def test_fake_kernels(op: str, device: str, overload: str) -> None:
     """Shapes, dtypes, strides and devices of the results, with no kernel and no device."""
     for dtype in (torch.float32, torch.bfloat16):
         case = make_case(op, (2, 3), 8, dtype)
@@ -45,7 +75,7 @@ def test_fake_kernels(op: str, device: str) -> None:
                 name: torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=device)
                 for name, v in case.inputs.items()
             }
-            fakes = as_tuple(getattr(torch.ops.grains, op).default(**fake_inputs))
+            fakes = as_tuple(getattr(getattr(torch.ops.grains, op), overload)(**fake_inputs))
         for fake, actual in zip(fakes, real, strict=True):
             assert (fake.shape, fake.dtype) == (actual.shape, actual.dtype)
             assert fake.stride() == actual.stride()
