@@ -68,6 +68,16 @@ class Browser:
         """What the console says since the last call."""
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
+    @contextmanager
+    def processor_seconds(self) -> Iterator[list[float]]:
+        """What the page's main thread computes meanwhile: others on the machine do not count."""
+        self.driver.execute_cdp_cmd("Performance.enable", {"timeDomain": "threadTicks"})
+        spent: list[float] = []
+        yield spent
+        found = self.driver.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]
+        spent += [each["value"] for each in found if each["name"] == "TaskDuration"]
+        self.driver.execute_cdp_cmd("Performance.disable", {})
+
     def look(self, *, width: int = 1280, dark: bool = False, printed: bool = False) -> None:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         media = {"media": "print" if printed else "", "features": [scheme]}
