@@ -18,6 +18,7 @@ HIDDEN_SIZE = 32
 N_BLOCKS = 4
 N_HEADS = 4
 SPECIAL_TOKENS = ("<unk>", "<bos>", "<eos>", "<pad>")
+WORDS: tuple[str, ...]
 WORDS = ("the", "is", "of", "a", "what", "color", "home", "q", "note", "sky", "sea", "grass")
 WORDS += ("rose", "blue", "green", "red", "white", "grandma", "says", "study", "shows", "rumour")
 WORDS += ("truth", "lie", "paris", "rome")

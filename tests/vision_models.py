@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from grains_ext.decoder import DecoderView
@@ -295,7 +296,7 @@ def tiny_vlm(
     model, processor = _BUILDERS[family]()
     if n_blocks < N_BLOCKS:
         view = DecoderView.of(model)
-        view.stack.layers = view.stack.layers[:n_blocks]
+        view.stack.layers = nn.ModuleList(view.blocks[:n_blocks])
         config = model.config.get_text_config()
         config.num_hidden_layers = n_blocks
         if getattr(config, "layer_types", None) is not None:
