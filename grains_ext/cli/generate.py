@@ -15,9 +15,19 @@ from grains_ext.cli.output import print_json
 @command()
 def generate(
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="A folder that 'grains export' wrote.")
+        Path,
+        typer.Argument(
+            metavar="FOLDER",
+            exists=True,
+            file_okay=False,
+            help="A folder that 'grains export' wrote.",
+        ),
     ],
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to go on from.")],
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(help="A picture that the prompt is about; once for each of them."),
+    ] = None,
     strength: Annotated[
         float | None, typer.Option(help="Overrules the graph's strength; 0 switches steering off.")
     ] = None,
@@ -37,12 +47,19 @@ def generate(
     """Write text with an exported folder, token by token: onnxruntime, no torch.
 
     Example: [bold]grains generate steered/ "What color is the sky?" --strength 2 --chat[/bold]
+
+    Pictures go through the model's processor, which needs transformers, torch and Pillow.
     """
     from grains_ext.export import TextGenerator
 
+    if not (folder / "model.onnx").is_file():
+        raise FileNotFoundError(
+            f"{folder} has no model.onnx: give a folder that 'grains export' wrote"
+        )
     generator = TextGenerator(folder, strength=strength)
     pieces = generator.stream(
         [{"role": "user", "content": prompt}] if chat else prompt,
+        images=image or [],
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
