@@ -93,6 +93,11 @@ class PromptImages:
                 f"{len(self.features)} features: these prompts were not made for these images"
             )
 
+    def between(self, start: int, end: int) -> NDArray[Any]:
+        """The features of the image tokens in a range of columns, [image tokens there, hidden]."""
+        numbers = self.is_image.cumsum().reshape(self.is_image.shape) - 1
+        return np.asarray(self.features[numbers[:, start:end][self.is_image[:, start:end]]])
+
 
 class OnnxDecoder:
     """Runs a session with input_ids, attention_mask, position_ids and a key/value cache.
@@ -171,8 +176,8 @@ class OnnxDecoder:
                 raise ValueError("the prompts have images, and this decoder takes text alone")
             feeds["input_ids"] = input_ids
         else:
-            at_prompt = images is not None and n_tokens == n_seen
-            feeds["inputs_embeds"] = self._embedded(input_ids, images if at_prompt else None)
+            features = None if images is None else images.between(n_seen - n_tokens, n_seen)
+            feeds["inputs_embeds"] = self._embedded(input_ids, features)
         if "position_ids" in self._takes:
             positions = np.maximum(attention_mask.cumsum(axis=1) - 1, 0)
             if self._position_axes:
@@ -185,13 +190,14 @@ class OnnxDecoder:
             feeds["token_type_ids"] = types
         return feeds
 
-    def _embedded(self, input_ids: NDArray[np.int64], images: PromptImages | None) -> NDArray[Any]:
+    def _embedded(
+        self, input_ids: NDArray[np.int64], features: NDArray[Any] | None
+    ) -> NDArray[Any]:
         assert self.embedding is not None
         [_, wanted] = self.embedding.get_inputs()
-        if images is None:
-            features = np.zeros((0, wanted.shape[1]), _NUMPY_TYPES[wanted.type])
-        else:
-            features = images.features.astype(_NUMPY_TYPES[wanted.type], copy=False)
+        if features is None:
+            features = np.zeros((0, wanted.shape[1]))
+        features = features.astype(_NUMPY_TYPES[wanted.type], copy=False)
         feeds = {"input_ids": input_ids, "image_features": features}
         [embeddings] = self.embedding.run(["inputs_embeds"], feeds)
         return np.asarray(embeddings)

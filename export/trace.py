@@ -35,6 +35,8 @@ def export_graph(
 ) -> None:
     """Exports an unsteered decoder to ONNX: the graph that `export_model` steers.
 
+    Of a vision-language model, the decoder alone, over inputs_embeds.
+
     Raises ExportError, naming the model's family, where it has no plain key/value cache or
     torch.onnx.export refuses it.
     """

@@ -147,6 +147,20 @@ def test_prompts_longer_than_one_pass(family: str, monkeypatch: pytest.MonkeyPat
     assert generated(decoder, exported.folder, prompts) == expected
 
 
+def test_a_prompt_may_be_fed_in_steps() -> None:
+    exported = exported_vlm("llava")
+    batch = ImageReader(exported.folder).batch([prompt_of(exported, 1), prompt_of(exported, 2)])
+    decoder = decoder_of(exported.folder)
+    whole, _ = decoder.step(batch.input_ids, batch.attention_mask, images=batch.images)
+    cache, parts = None, []
+    for start, end in itertools.pairwise((0, 9, 25, batch.input_ids.shape[1])):
+        ids, mask = batch.input_ids[:, start:end], batch.attention_mask[:, :end]
+        logits, cache = decoder.step(ids, mask, cache, batch.images)
+        parts.append(logits)
+    real = batch.attention_mask == 1
+    np.testing.assert_allclose(np.concatenate(parts, axis=1)[real], whole[real], atol=1e-5)
+
+
 def test_the_folder_is_complete() -> None:
     exported = exported_vlm("llava")
     folder = exported.folder
