@@ -352,9 +352,14 @@ def _traced(graph: _IntegratedGradients, decoder: DecoderView, opset: int) -> An
                 # onnxruntime does the same work when it loads the graph, in a tenth of the time.
                 optimize=False,
                 verbose=False,
+                # Tracing meets the overload that is called where no input needs a gradient.
                 custom_translation_table={
-                    torch.ops.grains.ig_interpolate.default: _onnx_op("IgInterpolate"),
-                    torch.ops.grains.ig_accumulate.default: _onnx_op("IgAccumulate"),
+                    getattr(op, overload): _onnx_op(name)
+                    for op, name in (
+                        (torch.ops.grains.ig_interpolate, "IgInterpolate"),
+                        (torch.ops.grains.ig_accumulate, "IgAccumulate"),
+                    )
+                    for overload in op.overloads()
                 },
             )
     except Exception as error:
