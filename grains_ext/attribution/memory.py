@@ -9,8 +9,8 @@ import torch
 
 from grains_ext.decoder import DecoderView, unwrap
 
-# On a CPU, what one call may keep: larger calls are hardly faster there. The process grows by up to a
-# third more, as glibc before 2.38 seldom reuses the aligned blocks that PyTorch frees.
+# On a CPU, what one call may keep: larger calls are hardly faster there. The process grows by up to
+# a third more, as glibc before 2.38 seldom reuses the aligned blocks that PyTorch frees.
 _CPU_BYTES = 480 << 20
 # On a GPU: the share of the free memory.
 _GPU_SHARE = 0.6
