@@ -40,7 +40,19 @@ _FENCE = re.compile(r"^( *)```(\w*)([^\n]*)\n(.*?)^\1```$", re.M | re.S)
 _TITLE = re.compile(r'title="([^"]+)"')
 _NOT_RUN = re.compile(r"<!-- not run: ([^>]+) -->\s*\Z")
 # What shows how to install, build or measure the package cannot run inside its own tests.
-_OUTSIDE = ("make", "pip", "python", "cmake", "g++", "jq", "bash", "docker", "git", "tritonserver")
+_OUTSIDE = (
+    "make",
+    "pip",
+    "python",
+    "cmake",
+    "g++",
+    "jq",
+    "bash",
+    "docker",
+    "git",
+    "tritonserver",
+    "grains-lm-eval",
+)
 
 
 @dataclass(frozen=True)
