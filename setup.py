@@ -1,7 +1,7 @@
 """Builds the three native libraries with CMake and Ninja. Metadata lives in pyproject.toml.
 
 Build without isolation (``pip install --no-build-isolation .``): the op library is compiled against
-the headers of the torch that is installed, and an isolated build would download another one.
+the headers of the torch that is installed, and an isolated build sees none.
 Environment: GRAINS_CUDA=ON|OFF|AUTO, CMAKE_CUDA_ARCHITECTURES, CMAKE_BUILD_PARALLEL_LEVEL,
 CMAKE_ARGS (passed on as they are).
 """
