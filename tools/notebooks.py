@@ -42,12 +42,27 @@ def executed(path: Path) -> nbformat.NotebookNode:
         ).execute()
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = [each for each in cell.outputs if each.get("name") != "stderr"]
+            cell.outputs = _seen(cell.outputs)
             for output in cell.outputs:
                 if "text/html" in output.get("data", {}):
                     output.data.pop("text/plain", None)
     notebook.metadata.language_info = {"name": "python"}
     return notebook
+
+
+def _seen(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """Without warnings and blank lines; what is printed in one go, which arrives in any number of
+    pieces, in one."""
+    kept: list[nbformat.NotebookNode] = []
+    for output in outputs:
+        is_text = output.output_type == "stream"
+        if is_text and (output.name == "stderr" or not output.text.strip()):
+            continue
+        if is_text and kept and kept[-1].output_type == "stream":
+            kept[-1].text += output.text
+        else:
+            kept.append(output)
+    return kept
 
 
 def main() -> None:
