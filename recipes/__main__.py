@@ -13,6 +13,7 @@ import argparse
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -92,11 +93,10 @@ def _run(recipe: Recipe, options: argparse.Namespace) -> None:
             lambda: load_model(name, options.dtype, device, False),
             name,
             None if options.data == "datasets" else Path(options.data),
+            dtype=options.dtype,
         )
     if judge_name:
-        sources = Sources(
-            sources.model, sources.model_name, sources.data, load_judge(judge_name), judge_name
-        )
+        sources = replace(sources, judge=load_judge(judge_name), judge_name=judge_name)
     run(recipe, sources, options.output)
     print((options.output / "table.md").read_text(encoding="utf-8"))
 

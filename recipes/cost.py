@@ -43,7 +43,7 @@ def cost_of(recipe: Recipe) -> Cost:
     methods = recipe.methods()
     rows = 1 + sum(method.draws for method in methods.values())
     tokens = {
-        "attribute": _attribute(recipe, lengths),
+        "attribute": _attribute(recipe, lengths) if recipe.attributes else 0.0,
         "fit": sum(_fit(recipe, lengths, method) for method in methods.values()),
         "refine": sum(_refine(recipe, lengths, method) for method in methods.values()),
         "tune": sum(_tune(recipe, lengths, method) for method in methods.values()),
@@ -62,6 +62,7 @@ class _Lengths:
     answer: int
     answers: int
     items: int
+    pairs: int
     generated: int
     n_asked: int
 
@@ -71,12 +72,14 @@ class _Lengths:
         image = recipe.model.get("image_tokens", 0) if recipe.images else 0
         limit = settings["n_test"]
         items = tokens["items"] if limit is None else min(limit, tokens["items"])
-        asks = "generated" in tokens
+        pairs = tokens.get("pairs", 0)
+        asks = tokens.get("generated", False)
         return cls(
             tokens["prompt"] + TEMPLATE_TOKENS + image,
             tokens["answer"],
             tokens["answers"],
             items,
+            pairs if limit is None else min(limit, pairs),
             settings["max_new_tokens"] if asks else 0,
             items if asks else 0,
         )
@@ -143,6 +146,7 @@ def _evaluate(recipe: Recipe, lengths: _Lengths) -> float:
     image = recipe.model.get("image_tokens", 0) if recipe.images else 0
     one = min(recipe.settings["n_kept"], kept["items"]) * (kept["prompt"] + TEMPLATE_TOKENS + image)
     own = lengths.items * lengths.answers * (lengths.prompt + lengths.answer)
+    own += lengths.pairs * lengths.pair
     neutral = 3 * recipe.settings["n_neutral"] / 2 * NEUTRAL_TOKENS
     return float(one + own + neutral)
 

@@ -59,9 +59,14 @@ class Data:
             **{name: _subjects(items) for name, items in self.choices.items()},
             **{name: _subjects(asked.questions) for name, asked in self.asked.items()},
         }
+        pairs = (*self.fit, *self.dev, *self.test_pairs)
+        answers = [(pair.chosen, pair.rejected) for pair in pairs]
+        choices = [(item.choices, item.labels) for part in self.choices.values() for item in part]
+        neutral = (self.neutral_dev, self.neutral_test)
+        drawn = (sorted(subjects.items()), answers, choices, neutral)
         return {
             "counts": {name: len(part) for name, part in subjects.items()},
-            "sha256": _digest(repr(sorted(subjects.items())) + repr(self.neutral_dev)),
+            "sha256": _digest(repr(drawn)),
             "subjects": subjects,
         }
 

@@ -31,9 +31,9 @@ def tuned_lora(
 ) -> Callable[[Any], AbstractContextManager[Any]]:
     """An adapter on the queries and values, as a condition.
 
-    Trained with `refine`'s loss on the fit pairs for as many steps; the learning rate, and the
-    scale of what the adapter adds, are what does best on dev within the limit on perplexity. Raises
-    NothingWithinLimit where none is.
+    Trained on the fit pairs with `refine`'s loss of pairs, without its drift term, for as many
+    steps; the learning rate, and the scale of what the adapter adds, are what does best on dev
+    within the limit on perplexity. Raises NothingWithinLimit where none is.
     """
     if not (folder / _CHOICE).is_file():
         trials = [

@@ -56,6 +56,11 @@ class Recipe:
         """Whether the benchmark is one of pictures."""
         return bool(self.kept["name"] == "mmmu")
 
+    @property
+    def attributes(self) -> bool:
+        """Whether any method chooses tokens by attribution."""
+        return any(method.fit == "grains" for method in self.methods().values())
+
     def methods(self) -> dict[str, Method]:
         """By name, those that suit the benchmark; `refine` may name only one before it."""
         found: dict[str, Method] = {}

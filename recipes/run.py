@@ -37,6 +37,7 @@ class Sources:
 
     model: gives the model and its tokenizer, or its processor. model_name: as the user named it.
     data: a folder, or None for `datasets`. judge: rates answers; None leaves them as they are.
+    dtype: of the model's weights, for the record.
     """
 
     model: Callable[[], tuple[Any, Any]]
@@ -44,6 +45,7 @@ class Sources:
     data: Path | None
     judge: judging.Ask | None = None
     judge_name: str | None = None
+    dtype: str | None = None
 
 
 def run(
@@ -56,7 +58,7 @@ def run(
 ) -> EvaluationReport:
     """Runs what is not finished yet, and writes table.md and results.json.
 
-    Raises ValueError where the folder holds a run of another recipe, model or data.
+    Raises ValueError where the folder holds a run of another recipe, model, dtype or data.
     """
     console = console or Console(stderr=True, quiet=not progress)
     _check_installed(recipe)
@@ -64,7 +66,7 @@ def run(
     _claim(recipe, output)
     clock = _Clock(output / "stages.json", console)
     data = load(recipe, sources.data)
-    _check_same(output, {"model": sources.model_name, **data.describe()})
+    _check_same(output, {"model": sources.model_name, "dtype": sources.dtype, **data.describe()})
     rows = [UNSTEERED, *(row for row, _, _ in recipe.rows())]
     if not all(_is_finished(output, row) for row in rows):
         model, processor = sources.model()
@@ -83,6 +85,7 @@ def run(
     results = {
         "recipe": recipe.name,
         "model": sources.model_name,
+        "dtype": sources.dtype,
         "judge": sources.judge_name,
         "environment": _environment(),
         "nothing_within_the_limit": missed,
@@ -96,8 +99,9 @@ def run(
 def _work(shop: Workshop, clock: _Clock) -> None:
     """Everything that needs the model; what is in the folder already is taken from there."""
     output = shop.folder
-    with clock.stage("attribute", needed=not (output / "tuned").is_dir()):
-        _ = shop.attributions
+    if shop.recipe.attributes:
+        with clock.stage("attribute", needed=not (output / "tuned").is_dir()):
+            _ = shop.attributions
     conditions: dict[str, Any] = {UNSTEERED: None}
     for row, method, draw in shop.recipe.rows():
         if method.prompt:
@@ -215,9 +219,9 @@ def _check_same(output: Path, used: Options) -> None:
         write_text(path, json.dumps(used, indent=1) + "\n")
         return
     before = json.loads(path.read_text(encoding="utf-8"))
-    for name in ("model", "sha256"):
+    for name in ("model", "dtype", "sha256"):
         if before[name] != used[name]:
-            what = "data" if name == "sha256" else f"model ({before[name]})"
+            what = "data" if name == "sha256" else f"{name} ({before[name]})"
             raise ValueError(f"{output} holds a run with another {what}: take another folder")
 
 

@@ -107,6 +107,8 @@ def test_a_run_is_taken_up_where_it_stopped(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match=r"other settings \(seed\)"):
         run_small(recipe.with_seed(1), tmp_path)
+    with pytest.raises(ValueError, match=r"another dtype \(None\)"):
+        run(recipe, replace(finished, dtype="bfloat16"), tmp_path, progress=False)
     (tmp_path / "data" / "neutral.txt").write_text("another text it is\nand one more of them\n")
     other = Sources(lambda: small_model(recipe), "small", tmp_path / "data")
     with pytest.raises(ValueError, match="another data"):
@@ -120,6 +122,9 @@ def test_nothing_within_the_limit_is_a_row_of_its_own(tmp_path: Path) -> None:
     report = run_small(recipe, tmp_path)
     assert list(report.conditions) == ["unsteered"]
     assert "| caa | no setting within the limit |" in (tmp_path / "table.md").read_text()
+    # Nothing that was asked for reads attributions.
+    assert not (tmp_path / "attributions").exists()
+    assert cost.cost_of(recipe).tokens["attribute"] == 0
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,6 +161,9 @@ def test_no_subject_is_in_two_parts(name: str, tmp_path: Path) -> None:
     assert load(recipe, folder).describe() == data.describe()
     other = load(recipe.with_seed(1), folder).describe()
     assert other["sha256"] != data.describe()["sha256"]
+    mended = [replace(data.dev[0], chosen="a better answer"), *data.dev[1:]]
+    for changed in (replace(data, dev=mended), replace(data, neutral_test=["other words"])):
+        assert changed.describe()["sha256"] != data.describe()["sha256"]
     with pytest.raises(ValueError, match="subjects are in fit and in dev"):
         check_disjoint(replace(data, dev=data.fit[:1]))
     with pytest.raises(ValueError, match=r"4 to fit, 40 to tune"):
@@ -175,7 +183,7 @@ def test_answers_are_rated(tmp_path: Path) -> None:
     recipe = small("truthfulqa-llama-3.1-8b")
     asked = load(recipe, write_data(recipe, tmp_path)).asked["generation"]
     said = ["blue"] * len(asked.questions)
-    found = judging.rated(asked, said, None, lambda prompt: "Fine.\nRating: 1")
+    found = judging.rated(asked, said, None, lambda prompt: "Fine.\n**Rating:** 1")
     assert found is not None
     assert found.statistics["truthful"].value == 1
     for reply in ("no idea", "Rating: 7"):
@@ -183,7 +191,7 @@ def test_answers_are_rated(tmp_path: Path) -> None:
     compared = Asked(asked.questions, "comparison")
     assert judging.rated(compared, said, None, judge) is None
     better = judging.rated(
-        compared, said, ["red"] * len(said), lambda p: f"Better: {'A' if 'A: blue' in p else 'B'}"
+        compared, said, ["red"] * len(said), lambda p: f"**Better:** {'AB'['A: blue' not in p]}."
     )
     assert better is not None
     assert better.statistics["win_rate"].value == 1
