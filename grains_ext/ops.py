@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
+from torch.autograd import forward_ad
 
 __all__ = [
     "ig_accumulate",
@@ -60,10 +61,15 @@ class _Op:
         self.direct: Callable[..., Any] = overload._op
 
     def of(self, *tensors: Tensor | None) -> Callable[..., Any]:
-        """What to call with these tensors."""
-        if torch.compiler.is_compiling() or _needs_gradient(*tensors):
+        """What to call with these tensors. Raises for one with a tangent, which would be lost."""
+        if torch.compiler.is_compiling():
             return self.default
-        return self.direct
+        if forward_ad._current_level >= 0 and _any_tangent(*tensors):
+            raise NotImplementedError(
+                f"{self.default.name()} has no forward-mode derivative (torch.func.jvp, jacfwd); "
+                "take the function of this name in grains_ext.reference, or a backward pass"
+            )
+        return self.default if _needs_gradient(*tensors) else self.direct
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
@@ -72,6 +78,10 @@ def _needs_gradient(*tensors: Tensor | None) -> bool:
             if given is not None and given.requires_grad:
                 return True
     return False
+
+
+def _any_tangent(*tensors: Tensor | None) -> bool:
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def _as_strength(strength: Tensor | float, like: Tensor) -> Tensor:
@@ -318,7 +328,7 @@ def steer_add_normalize_(
             "grains::steer_add_normalize_ has no gradient; use steer_add_normalize, or call it "
             "under torch.no_grad()"
         )
-    op = _STEER_ADD_NORMALIZE_.of()
+    op = _STEER_ADD_NORMALIZE_.of(hidden, vectors, strength)
     if index is None and eps == _EPS:
         op(hidden, vectors, strength)
     else:

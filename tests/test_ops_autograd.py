@@ -124,6 +124,21 @@ def test_ops_without_a_gradient_say_so(op: str) -> None:
         assert not case.run()[0].requires_grad
 
 
+@pytest.mark.parametrize("op", [*OPS, "steer_add_normalize_"])
+def test_forward_mode_is_refused(op: str) -> None:
+    """A tangent that is lost reads as a derivative of zero."""
+    inputs = make_case(op.removesuffix("_"), (2, 3), 8, torch.float32).inputs
+    first, value = next(iter(inputs.items()))
+
+    def run(value: Tensor) -> object:
+        return getattr(ops, op)(**inputs | {first: value})
+
+    with pytest.raises(NotImplementedError, match=rf"grains::{op} has no forward-mode"):
+        torch.func.jvp(run, (value,), (torch.ones_like(value),))
+    with torch.autograd.forward_ad.dual_level():
+        run(value.clone())
+
+
 def test_in_place_refuses_gradients() -> None:
     hidden, vector = torch.randn(3, 8), torch.randn(8, requires_grad=True)
     with pytest.raises(RuntimeError, match=r"steer_add_normalize_ has no gradient; use"):
