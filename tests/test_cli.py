@@ -479,11 +479,14 @@ def test_a_fit_that_is_stopped_goes_on(
 
     started = (
         *("attribute", folder / "model", folder / "pairs.jsonl", "--max-batch-tokens", 4096),
-        *("--limit", 2, "-o", tmp_path / "again" / "attributions"),
+        *("--limit", 2, "-o", tmp_path / "again" / ".attributions"),
     )
     assert grains(*started).exit_code == 0
+    # A person's own, which cost hours, are left alone.
+    shutil.copytree(tmp_path / "again" / ".attributions", tmp_path / "again" / "attributions")
     assert grains(*command, tmp_path / "again").exit_code == 0
-    assert not (tmp_path / "again" / "attributions").exists()
+    assert not (tmp_path / "again" / ".attributions").exists()
+    assert (tmp_path / "again" / "attributions" / "attributions.json").is_file()
     assert grains(*command, tmp_path / "whole").exit_code == 0
     one, other = (SteeringVectors.from_pretrained(tmp_path / n) for n in ("again", "whole"))
     assert one.directions[0].equal(other.directions[0])

@@ -110,8 +110,9 @@ def fit(
     loaded_model, processor = load_model(model, dtype, device, trust_remote_code)
     computed = None
     if attributions is None and select not in ("random", "stable"):
-        # On disk while the run lasts, so that one that is stopped goes on.
-        attributions = computed = output / "attributions"
+        # On disk while the run lasts, so that one that is stopped goes on; it is removed then, and
+        # must not be what somebody else put there.
+        attributions = computed = output / ".attributions"
         attribute(
             loaded_model,
             processor,
