@@ -84,15 +84,26 @@ def bench(
     model, processor: as for `attribute`; the model is left as it was.
     vectors: what to steer with; all blocks along random directions by default: only how many
         blocks are steered changes the time.
-    pairs: what is attributed; the first one's prompt is decoded.
+    pairs: what is attributed, text alone; the first one's prompt is decoded.
     parts: of PARTS. "onnx" exports the model to a temporary folder, which takes minutes for
         billions of parameters, and needs onnxruntime.
     on_part: told the name of each part before it is timed.
 
-    Raises ValueError for unknown parts, ImportError for "onnx" without onnxruntime.
+    Raises ValueError for unknown parts, no pairs, pairs with images, and for "onnx" of a bfloat16
+    model; ImportError for "onnx" without onnxruntime.
     """
     if unknown := set(parts) - set(PARTS):
         raise ValueError(f"no parts {sorted(unknown)}; there are {', '.join(PARTS)}")
+    if not pairs:
+        raise ValueError("there are no pairs to attribute, and no prompt to decode")
+    if any(pair.images for pair in pairs):
+        # The floor's passes are over text: they would be compared with other work.
+        raise ValueError("a pair has images, and what is timed is text: give pairs without images")
+    if "onnx" in parts and model.dtype == torch.bfloat16:
+        raise ValueError(
+            "onnxruntime computes in float32 or float16 on CPUs, and the model is bfloat16: load "
+            "it in one of these, or leave out the part onnx"
+        )
     budget = budget or Budget()
     view = DecoderView.of(model)
     if vectors is None:
@@ -113,7 +124,7 @@ def bench(
         elif name == "attribution":
             found.append(_attribution(model, processor, pairs, budget))
         else:
-            found.append(_onnx(model, tokenizer, vectors, prompt_ids, budget))
+            found.append(_onnx(model, processor, vectors, prompt_ids, budget))
     parameter = next(model.parameters())
     return {
         "format": "grains.bench",
@@ -153,11 +164,11 @@ def _measured(
 def _op(model: Any, size: int, rows: int, budget: Budget) -> Part:
     like = next(model.parameters())
     hidden = torch.randn(rows, size, device=like.device).to(like.dtype)
-    out, vector = torch.empty_like(hidden), torch.randn(size, device=like.device)
+    out, vector = torch.empty_like(hidden), torch.randn(size, device=like.device).to(like.dtype)
     strength = torch.ones((), device=like.device)
 
     def formula() -> Tensor:
-        moved: Tensor = hidden.float() + strength * vector
+        moved: Tensor = hidden.float() + strength * vector.float()
         kept: Tensor = hidden.float().norm(dim=-1, keepdim=True)
         kept = kept / moved.norm(dim=-1, keepdim=True)
         return (moved * kept).to(hidden.dtype)
@@ -246,24 +257,26 @@ def _attribution(
 
 
 def _onnx(
-    model: Any, tokenizer: Any, vectors: SteeringVectors, prompt_ids: list[int], budget: Budget
+    model: Any, processor: Any, vectors: SteeringVectors, prompt_ids: list[int], budget: Budget
 ) -> Part:
     from grains_ext import export
     from grains_ext.export.folder import GRAPH_NAME, UNSTEERED_NAME
+    from grains_ext.export.generate import embedding_beside
     from grains_ext.export.runtime import require_onnxruntime
 
     onnxruntime = require_onnxruntime()
     input_ids = np.array([prompt_ids], dtype=np.int64)
     with TemporaryDirectory() as name:
         folder = Path(name) / "exported"
-        export.export_model(model, tokenizer, vectors, folder, keep_unsteered=True, verify=False)
+        export.export_model(model, processor, vectors, folder, keep_unsteered=True, verify=False)
 
         def decoder(file: str, library: bool) -> Callable[[], object]:
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = torch.get_num_threads()
             options.log_severity_level = 3  # it warns of inputs with defaults
             session = export.session(folder / file, library=library, session_options=options)
-            decodes = export.OnnxDecoder(session)
+            embedding = embedding_beside(folder / file, session_options=options)
+            decodes = export.OnnxDecoder(session, embedding=embedding)
             return lambda: decodes.generate(input_ids, max_new_tokens=N_TOKENS)
 
         unsteered = decoder(UNSTEERED_NAME, False)

@@ -496,11 +496,11 @@ def test_bench_times_what_it_is_asked(folder: Path, tmp_path: Path) -> None:
     assert set(bench_command._PARTS) == set(bench.PARTS)
     result = grains(
         *("bench", folder / "model", "--pairs", folder / "pairs.jsonl", "--rounds", 2),
-        *("--parts", "op,decode,attribution", "--json", "-o", tmp_path / "bench.json"),
+        *("--parts", "op,decode,attribution", "--json", "-o", tmp_path / "new" / "bench.json"),
     )
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    assert json.loads((tmp_path / "bench.json").read_text()) == found
+    assert json.loads((tmp_path / "new" / "bench.json").read_text()) == found
     assert [part["name"] for part in found["parts"]] == ["op", "op", "decode", "attribution"]
     assert found["model"]["steered_blocks"] == list(range(N_BLOCKS))
     for part in found["parts"]:
@@ -508,6 +508,26 @@ def test_bench_times_what_it_is_asked(folder: Path, tmp_path: Path) -> None:
         assert by_name[part["baseline"]]["ratio"]["median"] == 1
         assert all(each["seconds"]["median"] > 0 for each in part["measured"])
     assert grains("bench", "--parts", "decode,gpu").exit_code == 2
+    half = grains("bench", "--dtype", "float16", "--parts", "op", "--rounds", 2, "--json")
+    assert json.loads(half.stdout)["model"]["dtype"] == "float16"
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ([], "there are no pairs"),
+        ([PreferencePair("<image> is", "a", "b", ("a.png",))], "give pairs without images"),
+    ],
+)
+def test_bench_refuses_what_it_could_not_compare(pairs: list[PreferencePair], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        bench.bench(tiny_model("llama"), tiny_tokenizer(), pairs=pairs)
+
+
+def test_bench_says_before_the_work_what_onnxruntime_does_not_run() -> None:
+    model = tiny_model("llama").to(torch.bfloat16)
+    with pytest.raises(ValueError, match="leave out the part onnx"):
+        bench.bench(model, tiny_tokenizer())
 
 
 def test_an_export_is_of_steering_or_of_attribution(

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from grains_ext.cli.app import command
-from grains_ext.cli.loading import load_model
+from grains_ext.cli.loading import check_device, load_model
 from grains_ext.cli.options import Device, Dtype, Json, TrustRemoteCode, writable
 from grains_ext.cli.output import err, out, print_json
 
@@ -89,8 +89,9 @@ def bench(
         from grains_ext.demo import world
         from grains_ext.demo.run import load_model as load_embedded
 
+        check_device(device)
         loaded, processor = load_embedded()
-        loaded = loaded.to(device)
+        loaded = loaded.to(device, None if dtype == "auto" else getattr(torch, dtype))
         chosen = world.test_pairs(0, 4) if pairs is None else chosen
         default = benchmark.installed_parts()
     else:
@@ -107,6 +108,7 @@ def bench(
             on_part=lambda name: status.update(f"timing: {name}"),
         )
     if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
         write_text(output, json.dumps(result, indent=1) + "\n")
     if as_json:
         print_json(result)

@@ -33,7 +33,7 @@ def load_model(
 
     from grains_ext.vision import load_processor
 
-    _check_device(device)
+    check_device(device)
     _check_name(name)
     try:
         with err.status(f"loading {escape(name)}"), no_loading_bars() if quiet() else nullcontext():
@@ -78,8 +78,8 @@ def _check_name(name: str) -> None:
         raise FileNotFoundError(f"no model folder {name!r}, and as a hub id it would be owner/name")
 
 
-def _check_device(name: str) -> None:
-    """Before minutes of loading."""
+def check_device(name: str) -> None:
+    """Before minutes of loading. Raises ValueError for what is no device here."""
     import torch
 
     try:
