@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from grains_ext import PreferencePair, cli, save_pairs
 from grains_ext.report import Parts, report
 from grains_ext.report.runs import read_runs
+from grains_ext.report.sections import glance
 from tests.report_runs import (
     N_BLOCKS,
     pairs,
@@ -103,6 +104,13 @@ def test_limit_leaves_the_figures_whole(run: Path) -> None:
     assert parts.held_out[0].n_pairs == 30
 
 
+def test_yaml_of_others_is_not_shown(tmp_path: Path) -> None:
+    write_vectors(tmp_path)
+    (tmp_path / "compose.yaml").write_text("command: serve\npassword: hidden\n")
+    [(name, _)] = read_runs([tmp_path]).commands
+    assert name == "grains fit --config fit.yaml"
+
+
 def test_runs_are_named_by_their_folders_where_there_are_several(run: Path) -> None:
     parts = read_runs([run / "fitted", run / "evaluation.json", run / "attributions"])
     assert parts.directions[0].title == "fitted"
@@ -151,6 +159,21 @@ def nested(folder: Path) -> None:
     (folder / "e.json").write_text('{"format": "grains.evaluation", "x": ' + "[" * 100_000)
 
 
+def half_a_trial(folder: Path) -> None:
+    path = write_vectors(folder / "v", tuned=True) / "steering_config.json"
+    content = json.loads(path.read_text())
+    del content["metadata"]["tuning"]["trials"][3]["accuracy"]
+    path.write_text(json.dumps(content))
+
+
+def no_time_at_all(folder: Path) -> None:
+    times = {"median": 0.0, "low": 0.0, "high": 0.0}
+    part = {"title": "t", "per_second": {"a": 1}, "unit": "tokens/s", "baseline": "a"}
+    part["measured"] = [{"name": "a", "seconds": times, "ratio": times}]
+    content = {"format": "grains.bench", "version": 1, "parts": [part]}
+    (folder / "bench.json").write_text(json.dumps(content))
+
+
 def another_record(folder: Path) -> None:
     (write_export(folder / "x") / "grains_export.json").write_text("{}")
 
@@ -171,6 +194,8 @@ def another_record(folder: Path) -> None:
         (cut_short, "evaluation.json: "),
         (nested, "nested too deeply|e.json"),
         (another_record, "grains_export.json is not as grains_ext writes it"),
+        (half_a_trial, "steering_config.json is not as grains_ext writes it"),
+        (no_time_at_all, "bench.json is not as grains_ext writes it"),
     ],
 )
 def test_what_is_no_whole_run_says_what_is_wrong(
@@ -306,11 +331,43 @@ def test_what_bench_measured_is_shown_as_speed(tmp_path: Path) -> None:
     content = {"format": "grains.bench", "version": 1, "model": {"name": "m"}}
     (tmp_path / "bench.json").write_text(json.dumps({**content, "parts": [part, silent]}))
     [shown] = read_runs([tmp_path / "bench.json"]).exported
+    assert shown.baseline == "unsteered"
     [row] = shown.rates
     assert (row.rate, row.rate_spread) == (10.0, (6.25, 12.5))
     assert (row.ratio, row.ratio_spread) == (2.0, (1.25, 2.5))
     report(tmp_path, tmp_path / "page.html")
     assert "× 2.000" in (tmp_path / "page.html").read_text()
+
+
+def test_pairs_per_second_are_not_said_to_be_beside_the_unsteered_model(tmp_path: Path) -> None:
+    times = {"median": 0.5, "low": 0.4, "high": 0.8}
+    floor = "the model's own 8 passes"
+    part = {
+        "title": "attributing 4 pairs",
+        "baseline": floor,
+        "measured": [{"name": floor, "seconds": times, "ratio": times}],
+        "per_second": {floor: 8.0},
+        "unit": "pairs/s",
+    }
+    content = {"format": "grains.bench", "version": 1, "parts": [part]}
+    (tmp_path / "bench.json").write_text(json.dumps(content))
+    page = tmp_path / "page.html"
+    report(tmp_path / "bench.json", page)
+    assert "of the model&#39;s own 8 passes</th>" in page.read_text()
+    assert "unsteered" not in page.read_text()
+
+
+def test_a_quantised_graph_is_not_as_exact_as_it_was_before(tmp_path: Path) -> None:
+    path = write_export(tmp_path / "small") / "grains_export.json"
+    record = json.loads(path.read_text())
+    far = {"prefill": 0.25, "decode": 0.5, "relative": 0.1}
+    names = ("weights", "steered", "strength_zero", "runtimes")
+    record["parity"]["quantization"] = dict.fromkeys(names, far)
+    path.write_text(json.dumps(record))
+    parts = read_runs([tmp_path / "small"])
+    [shown] = glance(parts)
+    assert (shown["label"], shown["value"]) == ("Exported graph", "5.0e-01")
+    assert parts.exported[0].parity[0].name.startswith("before quantising, ")
 
 
 def test_what_the_demo_wrote_is_shown(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def _asked(content: Mapping[str, Any], title: str) -> Answers:
                 str(pair["chosen"]),
                 tuple(
                     Said(
-                        each["generated"],
+                        None if each["generated"] is None else str(each["generated"]),
                         each["says_chosen"],
                         _number(each["margin"]),
                     )

@@ -19,7 +19,8 @@ def exported(record: Mapping[str, Any], folder: Path, title: str) -> Parts:
     parity = record["parity"]
     operators = Counter(entry["op_type"] for entry in record["steered"])
     blocks = sorted({entry["block"] for entry in record["steered"]})
-    size = sum(path.stat().st_size for path in folder.glob("model.onnx*"))
+    graphs = ("model", "vision", "embedding")  # the latter two of models that read images
+    size = sum(path.stat().st_size for name in graphs for path in folder.glob(f"{name}.onnx*"))
     facts: dict[str, object] = {
         "model type": record["model_type"],
         "float type": record["dtype"],
@@ -43,24 +44,25 @@ def exported(record: Mapping[str, Any], folder: Path, title: str) -> Parts:
 
 
 def _parity_rows(parity: Mapping[str, Any]) -> tuple[ParityRow, ...]:
-    rows = [_row("stock onnxruntime, against torch", parity["stock"])]
-    if parity["library"] is not None:
-        rows.append(_row("with the op library, against torch", parity["library"]))
     quantized = parity["quantization"]
+    exact, is_final = ("", True) if quantized is None else ("before quantising, ", False)
+    rows = [_row(f"{exact}stock onnxruntime, against torch", parity["stock"], is_final)]
+    if parity["library"] is not None:
+        name = f"{exact}with the op library, against torch"
+        rows.append(_row(name, parity["library"], is_final))
     if quantized is not None:
         rows += [
             _row("quantised, unsteered, against torch", quantized["weights"]),
-            _row("quantised, steered, against steered torch", quantized["steered"]),
+            _row("quantised, steered, against steered torch", quantized["steered"], True),
             _row("quantised at strength 0, against unsteered", quantized["strength_zero"]),
             _row("quantised, with the op library against without", quantized["runtimes"]),
         ]
     return tuple(rows)
 
 
-def _row(name: str, runtime: Mapping[str, Any]) -> ParityRow:
-    return ParityRow(
-        name, float(runtime["prefill"]), float(runtime["decode"]), float(runtime["relative"])
-    )
+def _row(name: str, runtime: Mapping[str, Any], is_error: bool = False) -> ParityRow:
+    prefill, decode, relative = (float(runtime[of]) for of in ("prefill", "decode", "relative"))
+    return ParityRow(name, prefill, decode, relative, is_error)
 
 
 def demo_rates(rates: Mapping[str, Any], title: str) -> Exported:
@@ -88,7 +90,14 @@ def benchmark(content: Mapping[str, Any], title: str) -> Parts:
             rows.append(_rate_row(each["name"], rate, speed))
         if rows:
             heading = f"{title}: {part['title']}"
-            found.append(Exported(heading, {}, (), tuple(rows), part["unit"], "quartiles"))
+            shown = Exported(
+                heading,
+                rates=tuple(rows),
+                unit=part["unit"],
+                spread="quartiles",
+                baseline=part["baseline"],
+            )
+            found.append(shown)
     return Parts(exported=tuple(found))
 
 

@@ -164,12 +164,16 @@ class Tuning:
 
 @dataclass(frozen=True)
 class ParityRow:
-    """Largest differences of the logits between two graphs, or a graph and the torch model."""
+    """Largest differences of the logits between two graphs, or a graph and the torch model.
+
+    is_error: of the graph in the folder, as it is run, from the steered torch model.
+    """
 
     name: str
     prefill: float
     decode: float
     relative: float
+    is_error: bool = False
 
 
 @dataclass(frozen=True)
@@ -180,7 +184,7 @@ class RateRow:
     rate: float
     rate_spread: Interval
     ratio: float
-    """To the unsteered rate."""
+    """To the baseline's rate."""
     ratio_spread: Interval
 
 
@@ -188,7 +192,7 @@ class RateRow:
 class Exported:
     """A steered graph, or what steering costs in time.
 
-    unit, spread: of the rates.
+    unit, spread: of the rates. baseline: what their ratios are to.
     """
 
     title: str
@@ -197,6 +201,7 @@ class Exported:
     rates: tuple[RateRow, ...] = ()
     unit: str = "tokens/s"
     spread: str = "10th to 90th percentile"
+    baseline: str = "unsteered"
 
 
 @dataclass(frozen=True)

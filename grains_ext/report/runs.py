@@ -168,7 +168,7 @@ def _naming(path: Path) -> Iterator[None]:
     """Names the file that an error speaks of."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError) as error:
         raise ValueError(
             f"{path} is not as grains_ext writes it ({type(error).__name__}: {error}): it is "
             "damaged, or of another version"
@@ -182,11 +182,17 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _command(path: Path, title: str) -> Iterator[tuple[str, str]]:
-    """(name, text) where the file is the configuration of a command."""
-    if path.stat().st_size <= _MAX_CONFIG:
+    """(name, text) where the file is the configuration of a command.
+
+    It has the command's name or that of the output beside it: other YAML files speak of commands
+    too, and are nobody's business.
+    """
+    if path.is_file() and path.stat().st_size <= _MAX_CONFIG:
         text = path.read_text(encoding="utf-8", errors="replace")
         match = _COMMAND.search(text)
-        if match is not None and match[1] != "report":
+        if match is None or match[1] == "report":
+            return
+        if match[1] == path.stem or path.with_suffix("").exists():
             yield f"grains {match[1]} --config {title}", text
 
 

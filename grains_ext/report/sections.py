@@ -148,7 +148,7 @@ def _of(condition: str, measured: Iterable[Measured]) -> float | None:
 def _exported_glance(parts: Iterable[Exported]) -> list[dict[str, str]]:
     found = []
     parts = list(parts)
-    errors = [max(row.prefill, row.decode) for part in parts for row in part.parity[:2]]
+    errors = [max(row.prefill, row.decode) for part in parts for row in part.parity if row.is_error]
     if errors:
         found.append(
             {
@@ -206,7 +206,6 @@ def _figure(part: Figure) -> dict[str, Any]:
                 "note": each.note,
                 "value": show(each.value),
                 "interval": "" if each.interval is None else _interval(each.interval, show),
-                "n": "" if each.n is None else f"{each.n:,}",
                 "change": "" if each.change is None else _change(each, part),
                 "certainty": "" if each.change is None else _certainty(each.change),
                 "place": None if each.value is None else along.place(each.value),
@@ -530,6 +529,7 @@ def exported(part: Exported) -> dict[str, Any]:
         "rates": [_rate(row, along) for row in part.rates],
         "unit": part.unit,
         "spread": part.spread,
+        "baseline": part.baseline,
         "low": f"{along.low:g}",
         "high": f"{along.high:g}",
         "one": along.place(1.0),

@@ -50,10 +50,20 @@ def _tuning(tuning: Mapping[str, Any], title: str) -> Tuning:
         int(tuning["n_pairs"]),
         float(tuning["max_perplexity_ratio"]),
         float(tuning["unsteered"]["accuracy"]),
-        tuple(tuning["trials"]),
-        tuple(tuning["frontier"]),
-        tuning["chosen"],
+        tuple(map(_trial, tuning["trials"])),
+        tuple(map(_trial, tuning["frontier"])),
+        _trial(tuning["chosen"]),
     )
+
+
+def _trial(trial: Mapping[str, Any]) -> dict[str, Any]:
+    measured = ("perplexity_ratio", "accuracy", "mean_margin")
+    return {
+        "blocks": [int(block) for block in trial["blocks"]],
+        "strength": float(trial["strength"]),
+        "n_pairs": int(trial["n_pairs"]),
+        **{name: None if trial[name] is None else float(trial[name]) for name in measured},
+    }
 
 
 def _of(values: Mapping[str, Any], block: int) -> float | None:

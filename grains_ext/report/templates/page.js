@@ -134,7 +134,10 @@
       }
     }
     found.set(root, ranges);
-    CSS.highlights.set("found", new Highlight(...[...found.values()].flat()));
+    // One by one: a call takes only so many arguments.
+    const marks = new Highlight();
+    for (const each of found.values()) each.forEach((range) => marks.add(range));
+    CSS.highlights.set("found", marks);
   }
 
   // Lists of marks are one stop of the Tab key each; arrows go on inside.
