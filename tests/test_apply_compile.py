@@ -136,6 +136,29 @@ def test_a_model_compiled_in_place(place: str) -> None:
         torch.testing.assert_close(model(INPUT_IDS, use_cache=False).logits, expected)
 
 
+@pytest.mark.parametrize("place", ["wrapper", "model"])
+@torch.no_grad()
+def test_a_graph_from_before_the_steering_is_found_behind_a_steered_one(place: str) -> None:
+    """What one shape's graph did says nothing of another's."""
+    model = tiny_model("llama", num_hidden_layers=2)
+    torch._dynamo.reset()
+    compiled: Any = model
+    if place == "wrapper":
+        compiled = torch.compile(model, backend="eager")
+    else:
+        model.compile(backend="eager")
+    one, four = INPUT_IDS[:1], INPUT_IDS[:1].repeat(4, 1)
+    unsteered = compiled(one, use_cache=False).logits
+    with random_vectors([0, 1]).applied(compiled):
+        assert not torch.allclose(compiled(four, use_cache=False).logits[:1], unsteered, atol=1e-4)
+        with pytest.raises(RuntimeError, match="ran without this steering"):
+            compiled(one, use_cache=False)
+        with pytest.raises(RuntimeError, match="indices"):  # a call that fails is not asked
+            compiled(four.float(), use_cache=False)
+        compiled(four, use_cache=False)
+    assert torch.equal(compiled(one, use_cache=False).logits, unsteered)
+
+
 @torch.no_grad()
 def test_prompts_of_a_compiled_model() -> None:
     model = tiny_model("llama", num_hidden_layers=2)

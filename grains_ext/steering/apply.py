@@ -16,7 +16,7 @@ from grains_ext.decoder import (
     unwrap,
     wrappers,
 )
-from grains_ext.steering.compiled import CompiledInPlace
+from grains_ext.steering.compiled import CompiledInPlace, Reached, hooked
 from grains_ext.steering.held_gate import HeldGate
 from grains_ext.steering.mirrored import Home, Mirrored
 from grains_ext.steering.positions import (
@@ -95,7 +95,6 @@ class SteeringHandle:
             self._mask is None
             and (positions == "all" or (positions == "text" and not self._image_ids))
         )
-        # Graphs set these too, at every call.
         self._reached = dict.fromkeys(self._tables, False)
         self.strengths = strengths
         self._hooks = self._install(decoder)
@@ -123,14 +122,13 @@ class SteeringHandle:
         are steered here."""
         for module in wrappers(decoder.model):
             if hasattr(module, "_orig_mod"):
-                check = self._check_reached(list(self._tables))
-                yield module.register_forward_hook(lambda *_, check=check: check())
+                yield from hooked(module, Reached(self._reached, list(self._tables)))
         for module in decoder.model.modules():
             if module._compiled_call_impl is not None:
                 inside = set(module.modules())
                 steered = [n for n in self._tables if decoder.blocks[n] in inside]
                 if steered:
-                    yield CompiledInPlace.watch(module, self._check_reached(steered))
+                    yield CompiledInPlace.watch(module, Reached(self._reached, steered))
 
     # --- what a user sets -------------------------------------------------------------------------
 
@@ -263,19 +261,6 @@ class SteeringHandle:
             self._index = index.expand(forward.rows, forward.length)
 
         return begin
-
-    def _check_reached(self, blocks: Sequence[int]) -> Callable[[], None]:
-        """For after a call of something compiled; not itself compiled."""
-
-        def check() -> None:
-            if not all(self._reached[block] for block in blocks):
-                raise RuntimeError(
-                    "the compiled model ran without this steering: torch.compile ignores hooks "
-                    "that come after its first call. Steer before that call, or call "
-                    "torch._dynamo.reset() and then the model again, which compiles it anew"
-                )
-
-        return check
 
     def _members_of_rows(self, forward: Forward) -> Tensor:
         """int32 [B, 1] or [1, 1]."""
