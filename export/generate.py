@@ -186,7 +186,8 @@ class OnnxDecoder:
         if "token_type_ids" in self._takes:
             types = np.zeros_like(attention_mask)
             if images is not None:
-                types[:, : images.is_image.shape[1]] = images.is_image
+                n_prompt = images.is_image.shape[1]
+                types[:, :n_prompt] = images.is_image[:, :n_seen]
             feeds["token_type_ids"] = types
         return feeds
 
@@ -317,7 +318,9 @@ def _on_axes(
     everywhere = np.broadcast_to(positions, (axes, *positions.shape))
     if images is None or images.position_ids is None:
         return everywhere
-    n_prompt = images.position_ids.shape[2]
+    n_prompt, n_seen = images.position_ids.shape[2], positions.shape[1]
+    if n_seen <= n_prompt:
+        return images.position_ids[..., :n_seen]
     lead = images.position_ids.max(axis=(0, 2)) - positions[:, n_prompt - 1]
     return np.concatenate([images.position_ids, everywhere[..., n_prompt:] + lead[:, None]], axis=2)
 

@@ -116,7 +116,7 @@ class TextGenerator:
     def _processor(self) -> Any:
         from grains_ext.vision import load_processor
 
-        return load_processor(str(self._folder))
+        return load_processor(str(self._folder), trust_remote_code=False)
 
     @cached_property
     def _images(self) -> ImageReader:

@@ -84,7 +84,11 @@ class ImageReader:
 
     def batch(self, prompts: Sequence[Prompt]) -> PromptBatch:
         """The prompts as one batch. Raises ValueError where a prompt's image tokens are another
-        number than its images have features."""
+        number than its images have features, none where it has no images."""
+        for prompt in prompts:
+            # The next prompt's features would fill its places.
+            if not prompt.pixels and self.image_token_id in prompt.ids:
+                raise ValueError("a prompt has a place for an image, and no image is given with it")
         width = max(len(prompt.ids) for prompt in prompts)
         ids = np.zeros((len(prompts), width), np.int64)
         mask = np.zeros_like(ids)

@@ -19,7 +19,7 @@ from grains_ext import bench, cli, export
 from grains_ext.export.generate import Sampler
 from grains_ext.export.text import TextGenerator, _TextStream, load_tokenizer
 from grains_ext.export.tokenizing import FileTokenizer, TokenizerSettings
-from tests.exports import Exported, exported_llama
+from tests.exports import Exported, exported_llama, exported_vlm
 from tests.models import tiny_tokenizer
 
 PROMPT = "the sky is"
@@ -213,17 +213,22 @@ def test_neither_torch_nor_transformers_is_imported() -> None:
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.parametrize("family", ["llama", "llava"])
 def test_bench_times_the_steered_graph_beside_the_unsteered(
-    monkeypatch: pytest.MonkeyPatch,
+    family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = exported_llama()
+    made: Any = exported_llama() if family == "llama" else exported_vlm(family)
+    processor = made.tokenizer if family == "llama" else made.processor
 
-    def export_model(model: Any, tokenizer: Any, vectors: Any, folder: Path, **_: Any) -> None:
+    def export_model(model: Any, given: Any, vectors: Any, folder: Path, **_: Any) -> None:
+        assert given is processor
         shutil.copytree(made.folder, folder)
+        if family == "llava":  # the test's own has one graph
+            shutil.copy(folder / "model.onnx", folder / "model_unsteered.onnx")
 
     monkeypatch.setattr("grains_ext.export.export_model", export_model)
     result = bench.bench(
-        made.model, made.tokenizer, vectors=made.vectors, parts=["onnx"], budget=bench.Budget(2)
+        made.model, processor, vectors=made.vectors, parts=["onnx"], budget=bench.Budget(2)
     )
     [part] = result["parts"]
     assert {each["name"] for each in part["measured"]} == {
