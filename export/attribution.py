@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import numpy as np
 import onnx
@@ -150,7 +151,7 @@ def export_attribution(
             size = sum(p.numel() * p.element_size() for p in decoder.model.parameters())
             external_data = size > _EXTERNAL_ABOVE_BYTES
         path.parent.mkdir(parents=True, exist_ok=True)
-        work = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        work = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
         work.mkdir()
         try:
             # Under its final name, after which the weights' file is named.
