@@ -254,13 +254,17 @@ def _attention_by_segment(visual: nn.Module) -> Iterator[None]:
     graph holds a mask.
     """
     attentions = [block.attn for block in visual.blocks]  # type: ignore[union-attr]
+    # Hooks that others put in the place of a forward, as accelerate does, come back afterwards.
+    replaced = [vars(attention).get("forward") for attention in attentions]
     for attention in attentions:
         attention.forward = partial(_segment_attention, attention)
     try:
         yield
     finally:
-        for attention in attentions:
+        for attention, before in zip(attentions, replaced, strict=True):
             del attention.forward
+            if before is not None:
+                attention.forward = before
 
 
 def _segment_attention(

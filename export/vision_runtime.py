@@ -84,7 +84,9 @@ class ImageReader:
 
     def batch(self, prompts: Sequence[Prompt]) -> PromptBatch:
         """The prompts as one batch. Raises ValueError where a prompt's image tokens are another
-        number than its images have features, none where it has no images."""
+        number than its images have features, none where it has no images, and for no prompts."""
+        if not prompts:
+            raise ValueError("a batch of 0 prompts; expected at least one")
         for prompt in prompts:
             # The next prompt's features would fill its places.
             if not prompt.pixels and self.image_token_id in prompt.ids:

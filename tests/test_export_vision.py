@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from grains_ext import cli, export
 from grains_ext.export import ImageReader, Prompt
 from grains_ext.export.generate import OnnxDecoder, PromptImages, embedding_beside
-from grains_ext.export.vision_families import FAMILIES
+from grains_ext.export.vision_families import FAMILIES, _attention_by_segment
 from grains_ext.export.vision_runtime import grid_positions
 from grains_ext.export.vision_trace import export_vision
 from grains_ext.vision import encode_image_prompt, load_processor
@@ -339,3 +339,18 @@ def test_half_precision_and_quantised_weights(tmp_path: Path) -> None:
     assert parity.max_relative_error < 2e-2
     assert parity.quantization is not None
     assert parity.quantization.strength_zero.relative < 1e-2
+
+
+def test_an_export_leaves_the_towers_hooks() -> None:
+    """accelerate and others put their own forward in the place of a module's."""
+    model, _ = tiny_vlm("qwen2_vl")
+    hooked, plain = (block.attn for block in model.model.visual.blocks)
+
+    def hook(*args: object, **kwargs: object) -> None:
+        pass
+
+    hooked.forward = hook
+    with _attention_by_segment(model.model.visual):
+        assert hooked.forward is not hook
+    assert hooked.forward is hook
+    assert "forward" not in vars(plain)
