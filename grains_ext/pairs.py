@@ -1,5 +1,6 @@
 """Preference pairs, and reading them from the files and data sets that people have."""
 
+import codecs
 import csv
 import json
 import warnings
@@ -20,6 +21,7 @@ _PROMPT = ("prompt", "question", "instruction", "query")
 _CHOSEN = ("chosen", "best_answer", "correct_answer", "preferred", "answer_matching_behavior")
 _REJECTED = (
     "rejected",
+    "best_incorrect_answer",
     "incorrect_answers",
     "incorrect_answer",
     "dispreferred",
@@ -77,8 +79,9 @@ def load_pairs(
 ) -> list[PreferencePair]:
     """Reads preference pairs.
 
-    source: a .jsonl, .json (a list), .csv or .parquet file (the last needs pyarrow), or anything
-        that yields mappings: a list, a generator, one split of a `datasets` object.
+    source: a .jsonl, .json (a list, or an object per line), .csv or .parquet file (the last needs
+        pyarrow), or anything that yields mappings: a list, a generator, one split of a `datasets`
+        object.
         Relative paths of images in a file are looked up beside that file.
     skip_bad: go on after a bad row, and warn once with the number left out. Otherwise the first
         bad row raises ValueError with the file, the line and the reason.
@@ -151,6 +154,8 @@ def pair_from_row(row: Row | PreferencePair) -> PreferencePair:
     }
     chosen = _first(fields, _CHOSEN)
     rejected = _first(fields, _REJECTED)
+    if rejected is not None and rejected is fields.get("incorrect_answers"):
+        rejected = _first_listed(rejected)
     if chosen is None and rejected is None and "mc1_targets" in fields:
         chosen, rejected = _multiple_choice(fields["mc1_targets"])
     if chosen is None or rejected is None:
@@ -170,7 +175,9 @@ def pair_from_row(row: Row | PreferencePair) -> PreferencePair:
     if images is not None:
         images = tuple(images) if isinstance(images, list | tuple) else (images,)
     return PreferencePair(
-        prompt=prompt if isinstance(prompt, str) else list(prompt),
+        prompt=list(prompt)
+        if isinstance(prompt, Iterable) and not isinstance(prompt, str)
+        else prompt,
         chosen=_one_answer(chosen),
         rejected=_one_answer(rejected),
         images=images or None,
@@ -194,19 +201,22 @@ def read_rows(source: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
         return
     path = Path(source)
     if not path.is_file():
-        raise FileNotFoundError(f"no file of preference pairs at {path}")
+        raise FileNotFoundError(
+            f"no file {path}; of a data set on the hub pass what datasets.load_dataset returns"
+        )
     match path.suffix.lower():
-        case ".jsonl" | ".ndjson":
+        case ".json" if _begins_with(path, b"["):
+            try:
+                rows = _parse_json(path.read_bytes())
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+            for i, row in enumerate(rows):
+                yield f"row {i}", partial(_same, row)
+        case ".jsonl" | ".ndjson" | ".json":
             with path.open("rb") as lines:
                 for number, line in enumerate(lines, start=1):
                     if line.strip():
                         yield f"line {number}", partial(_parse_json, line)
-        case ".json":
-            rows = _parse_json(path.read_bytes())
-            if not isinstance(rows, list):
-                raise ValueError(f"{path}: expected a JSON list of rows, got {_shown(rows)}")
-            for i, row in enumerate(rows):
-                yield f"row {i}", partial(_same, row)
         case ".csv":
             yield from _csv_rows(path)
         case ".parquet":
@@ -219,13 +229,19 @@ def read_rows(source: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        _ = reader.fieldnames  # reads the header
-        previous_line = reader.line_num
-        for row in reader:
-            yield f"line {previous_line + 1}", partial(_checked_csv_row, row)
-            previous_line = reader.line_num  # a quoted field may span lines
+    line = 0
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            _ = reader.fieldnames  # reads the header
+            line = reader.line_num
+            for row in reader:
+                yield f"line {line + 1}", partial(_checked_csv_row, row)
+                line = reader.line_num  # a quoted field may span lines
+    except csv.Error as error:  # a field of more than 128 KiB
+        raise ValueError(f"{path}, line {line + 1}: {error}; convert it to .jsonl") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
 
 
 def _checked_csv_row(row: dict[Any, Any]) -> Row:
@@ -251,8 +267,13 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
 def _parse_json(text: bytes) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:  # also UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # also UnicodeDecodeError
         raise ValueError(f"not valid JSON: {error}") from error
+
+
+def _begins_with(path: Path, mark: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(1024).removeprefix(codecs.BOM_UTF8).lstrip().startswith(mark)
 
 
 def _same(row: Any) -> Any:
@@ -278,6 +299,11 @@ def _one_answer(answer: Any) -> Any:
             return _text_of(answer[0]["content"])
         return answer[0]
     return answer
+
+
+def _first_listed(answers: Any) -> Any:
+    """Of TruthfulQA.csv's several answers in one field, "a; b", the first."""
+    return answers.split(";")[0] if isinstance(answers, str) else answers
 
 
 def _multiple_choice(targets: Any) -> tuple[Any, Any]:

@@ -81,6 +81,7 @@ def test_id_and_images() -> None:
         ({"prompt": None}, "no prompt"),
         ({"chosen": 3}, "must be a string, got 3"),
         ({"prompt": ["no", "messages"]}, "must be a string or a list of messages"),
+        ({"prompt": float("nan")}, "must be a string or a list of messages.*, got nan"),
         ({"rejected": None}, "no dispreferred answer"),
         (
             {"chosen": [USER, says("blue")], "rejected": [says("hi"), says("green")]},
@@ -115,8 +116,31 @@ def test_json_list(tmp_path: Path) -> None:
     path = tmp_path / "pairs.json"
     path.write_text(json.dumps([ROW]))
     assert load_pairs(path) == [SKY]
-    path.write_text(json.dumps(ROW))
-    with pytest.raises(ValueError, match="expected a JSON list"):
+    path.write_text("[1, ")
+    with pytest.raises(ValueError, match=r"pairs\.json: not valid JSON"):
+        load_pairs(path)
+
+
+def test_a_json_file_may_hold_an_object_per_line(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.json"
+    path.write_text(f"{json.dumps(ROW)}\n\n{json.dumps(ROW)}\n", encoding="utf-8-sig")
+    assert load_pairs(path) == [SKY, SKY]
+    path.write_text(f"{json.dumps(ROW)}\n{{\n")
+    with pytest.raises(ValueError, match=r"pairs\.json, line 2: not valid JSON"):
+        load_pairs(path)
+    path.write_text(f"{json.dumps(ROW)}\n" + "[" * 100_000)
+    with pytest.raises(ValueError, match=r"line 2: not valid JSON"):
+        load_pairs(path)
+
+
+def test_csv_that_cannot_be_read_says_where(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.csv"
+    header = "prompt,chosen,rejected\n"
+    path.write_text(f"{header}The sky is,blue,green\n{'x' * 140_000},blue,green\n")
+    with pytest.raises(ValueError, match=r"pairs\.csv, line 3: field larger"):
+        load_pairs(path)
+    path.write_bytes(f"{header}The café is,blue,green\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"pairs\.csv is not UTF-8"):
         load_pairs(path)
 
 
@@ -131,6 +155,18 @@ def test_csv(tmp_path: Path) -> None:
         load_pairs(path)
     with pytest.warns(UserWarning, match="skipped 1 bad of 2"):
         assert load_pairs(path, skip_bad=True) == [PreferencePair("two\nlines", "yes, it is", "no")]
+
+
+def test_truthfulqa_csv_lists_several_wrong_answers_in_one_field(tmp_path: Path) -> None:
+    path = tmp_path / "TruthfulQA.csv"
+    path.write_text("Question,Best Answer,Incorrect Answers\nThe sky is,blue,green; red\n")
+    assert load_pairs(path) == [SKY]
+    # The file of 2025 says which wrong answer is the best.
+    path.write_text(
+        "Question,Best Answer,Best Incorrect Answer,Incorrect Answers\n"
+        "The sky is,blue,green,red; green\n"
+    )
+    assert load_pairs(path) == [SKY]
 
 
 def test_csv_row_with_too_many_fields(tmp_path: Path) -> None:
