@@ -125,6 +125,17 @@ def test_toxigen_annotated(tmp_path: Path) -> None:
     kind, vile = datasets.toxigen(write_csv(tmp_path / "annotated_test.csv", rows))
     assert (true_choices(kind), true_choices(vile)) == (["No"], ["Yes"])
     assert str(vile.prompt).endswith("Statement: 'they are vile'")
+    rated = {"toxicity_ai": 1, "toxicity_human": 1.5}
+    for written, said in (
+        ("b'they\\'re kind\\n'", "they're kind"),
+        ('b"caf\\xc3\\xa9"', "café"),
+        ("b'but open", "b'but open"),
+    ):
+        [item] = datasets.toxigen([rated | {"text": written}], template="{text}")
+        assert item.prompt == said
+    for rating in ("", float("nan"), [1]):
+        with pytest.raises(ValueError, match="row 0: 'toxicity_ai' must be a number"):
+            datasets.toxigen([rated | {"text": "a", "toxicity_ai": rating}])
 
 
 def test_faitheval(tmp_path: Path) -> None:
@@ -144,6 +155,10 @@ def test_faitheval(tmp_path: Path) -> None:
     assert "Context: Grass is red.\nQuestion: what color is grass\nA. green\nB. red" in item.prompt
     with pytest.raises(ValueError, match=r"row 0: the answerKey 'C' is none of the choices"):
         datasets.faitheval([row | {"answerKey": "C"}])
+    with pytest.raises(ValueError, match="row 0: 2 labels and 1 texts"):
+        datasets.faitheval([row | {"choices": {"label": ["A", "B"], "text": ["green"]}}])
+    with pytest.raises(ValueError, match="row 0: expected an object with named columns, got str"):
+        datasets.faitheval([row | {"choices": "green, red"}])
 
     unanswerable = [{"qid": "q1", "question": "who", "context": "Grass is red.", "answers": []}]
     asked = datasets.faitheval_questions(unanswerable, "unanswerable")
@@ -152,8 +167,13 @@ def test_faitheval(tmp_path: Path) -> None:
     assert asked.match("It is Unknown.", "unknown")
     assert any(asked.match("There's no information.", a) for a in question.answers)
     assert not any(asked.match("Grass", a) for a in question.answers)
-    conflict = datasets.faitheval_questions(unanswerable, "inconsistent", chat=True).questions[0]
+    asked = datasets.faitheval_questions(unanswerable, "inconsistent", chat=True)
+    [conflict] = asked.questions
     assert "conflict" in conflict.answers
+    # As in the authors' script, also within a word.
+    assert any(asked.match("The context conflicts with itself.", a) for a in conflict.answers)
+    with pytest.raises(ValueError, match="kind must be one of unanswerable, inconsistent"):
+        datasets.faitheval_questions(unanswerable, "counterfactual")  # type: ignore[arg-type]
     assert conflict.id == "q1"
 
 
@@ -162,8 +182,12 @@ def test_mmlu_of_datasets_and_csv(tmp_path: Path) -> None:
         {"question": "2+2?", "subject": "some_math", "choices": ["1", "2", "3", "4"], "answer": 3}
     ]
     [item] = datasets.mmlu(write_parquet(tmp_path / "test.parquet", rows))
-    assert item.prompt == "2+2?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:"
+    heading = "The following are multiple choice questions (with answers) about some math.\n\n"
+    assert item.prompt == f"{heading}2+2?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:"
     assert true_choices(item) == ["D"]
+    for answer in ("", "BC", 4, 1.5, [1]):
+        with pytest.raises(ValueError, match="row 0: expected four choices and which is right"):
+            datasets.mmlu([rows[0] | {"answer": answer}])
 
     test = write_csv(tmp_path / "some_math_test.csv", [["2+2?", "1", "2", "3", "4", "D"]])
     dev = write_csv(
@@ -172,8 +196,7 @@ def test_mmlu_of_datasets_and_csv(tmp_path: Path) -> None:
     )
     [item] = datasets.mmlu(test, examples=dev, n_examples=1)
     assert item.prompt == (
-        "The following are multiple choice questions (with answers) about some math.\n\n"
-        "1+1?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer: B\n\n2+2?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:"
+        f"{heading}1+1?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer: B\n\n2+2?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:"
     )
     with pytest.raises(ValueError, match="no example of the subject 'some_math'"):
         datasets.mmlu(test, examples=write_csv(tmp_path / "law_dev.csv", [["q", *"abcd", "A"]]))
@@ -257,6 +280,7 @@ def test_mmhal(tmp_path: Path) -> None:
     assert judge(question, "Blue") == 5
     assert "Sky, Tree" in prompts[0]
     assert "The sky is blue." in prompts[0]
+    assert datasets.mmhal_judge(lambda prompt: "Rating: 4, so\nRating: 4")(question, "Blue") == 4
     for reply in ("no idea", "rating: 5 or rating: 2", "Rating: 9"):
         assert datasets.mmhal_judge(lambda prompt, reply=reply: reply)(question, "Blue") == 0
 
@@ -302,6 +326,8 @@ def test_mmmu(tmp_path: Path) -> None:
     assert asked.questions[0].answers == ("4", "four")
     with pytest.raises(ValueError, match="does not read"):
         datasets.mmmu([rows[0] | {"options": "__import__('os').getcwd()"}])
+    with pytest.raises(ValueError, match="27 options, and 26 letters"):
+        datasets.mmmu([rows[0] | {"options": list(map(str, range(27)))}])
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "a/../../b.png"])
@@ -327,9 +353,16 @@ def test_errors_say_file_row_and_reason(tmp_path: Path) -> None:
     file = write_csv(tmp_path / "rows.csv", [["text", "toxicity_ai"], ["words", "1"]])
     with pytest.raises(ValueError, match=r"rows\.csv, line 2: no column 'toxicity_human'"):
         datasets.toxigen(file)
-    (tmp_path / "half.json").write_text('{"question": ')
-    with pytest.raises(ValueError, match="neither a JSON list nor an object per line"):
+    (tmp_path / "half.json").write_text('\n{"question": ')
+    with pytest.raises(ValueError, match=r"half\.json, line 2: not valid JSON"):
         datasets.toxigen(tmp_path / "half.json")
+    right = {"question": "q", "mc1_targets": {"choices": ["a", "b"], "labels": [1, 0]}}
+    wrong = right | {"mc1_targets": {"choices": ["a"], "labels": [1]}}
+    with pytest.raises(ValueError, match="row 1: a question needs a true choice and a false one"):
+        datasets.truthfulqa([right, wrong])
+    for template in ("Q: {query}", "{", "{question.x}", "{0}"):
+        with pytest.raises(ValueError, match=r"row 0: the template may ask for \{question\}"):
+            datasets.truthfulqa([right], template=template)
     with pytest.raises(ValueError, match="no item in it"):
         datasets.toxigen([])
     (tmp_path / "empty").mkdir()
@@ -348,3 +381,4 @@ def test_mentions() -> None:
     assert mentions("about 4", "4")
     assert not mentions("about 40", "4")
     assert not mentions("nothing", "not")
+    assert not mentions("...", "!")

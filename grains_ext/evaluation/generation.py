@@ -118,7 +118,14 @@ def mentions(generated: str, answer: str) -> bool:
 
     Case, punctuation, articles and white space do not count.
     """
-    return f" {_bare(answer)} " in f" {_bare(generated)} "
+    words = _bare(answer)
+    return bool(words) and f" {words} " in f" {_bare(generated)} "
+
+
+def holds(generated: str, answer: str) -> bool:
+    """`mentions`, also within words: "it conflicts" holds "conflict"."""
+    words = _bare(answer)
+    return bool(words) and words in _bare(generated)
 
 
 def _bare(text: str) -> str:

@@ -9,13 +9,14 @@ from grains_ext.evaluation.datasets.rows import (
     Row,
     Source,
     column,
+    filled,
     lettered,
     read,
     text,
     text_prompt,
     texts,
 )
-from grains_ext.evaluation.generation import mentions
+from grains_ext.evaluation.generation import holds
 from grains_ext.evaluation.multiple_choice import MultipleChoice
 from grains_ext.evaluation.questions import Question, QuestionSet
 
@@ -30,7 +31,7 @@ _SAY = {
     "inconsistent": "If there is conflicting information or multiple answers in the context, the "
     "answer should be 'conflict'.",
 }
-# An answer is right where any of these words is in it: the authors' lists for loose matching.
+# An answer is right where any of these is in it: the authors' lists for loose matching.
 _RIGHT = {
     "unanswerable": ("unknown", "no answer", "no information", "not", "unclear"),
     "inconsistent": (
@@ -66,8 +67,13 @@ def faitheval(
         if key not in labels:
             raise ValueError(f"the answerKey {key!r} is none of the choices {labels}")
         letters = tuple(LETTERS[: len(labels)])
-        words = template.format(
-            context=text(row, "context"), question=text(row, "question"), options=lettered(options)
+        if len(labels) != len(options):
+            raise ValueError(f"{len(labels)} labels and {len(options)} texts of choices")
+        words = filled(
+            template,
+            context=text(row, "context"),
+            question=text(row, "question"),
+            options=lettered(options),
         )
         true = tuple(label == key for label in labels)
         name = str(row["id"]) if row.get("id") is not None else None
@@ -85,9 +91,14 @@ def faitheval_questions(
 ) -> QuestionSet:
     """The tasks whose context holds no answer, or two: the model should say so.
 
+    kind: which of the two, "unanswerable" or "inconsistent". An answer is right where it holds one
+        of the authors' phrases, also within a word ("conflicts"), as in their script.
     source: `Salesforce/FaithEval-unanswerable-v1.0` or `-inconsistent-v1.0` of `datasets` or as
         parquet or .jsonl: columns `context`, `question` and `qid` or `id`.
     """
+
+    if kind not in _SAY:
+        raise ValueError(f"kind must be one of {', '.join(_SAY)}, got {kind!r}")
 
     def question(row: Row) -> Question:
         words = (
@@ -101,4 +112,4 @@ def faitheval_questions(
         )
 
     questions = tuple(read(source, question))
-    return QuestionSet(questions, "exact", match=mentions, max_new_tokens=max_new_tokens)
+    return QuestionSet(questions, "exact", match=holds, max_new_tokens=max_new_tokens)

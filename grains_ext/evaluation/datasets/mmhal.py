@@ -87,8 +87,8 @@ def mmhal(
 def mmhal_judge(ask: Callable[[str], str]) -> Judge:
     """A judge of MMHal-Bench's scale from a function that asks a language model.
 
-    ask: from a prompt to the reply, which ends in "Rating: " and 0 to 6. A reply with no rating or
-        with several counts as 0, as in the authors' script.
+    ask: from a prompt to the reply, which ends in "Rating: " and 0 to 6. A reply with no rating, or
+        with different ones, counts as 0, as in the authors' script.
     """
 
     def judge(question: Question, answer: str) -> float:
@@ -100,8 +100,8 @@ def mmhal_judge(ask: Callable[[str], str]) -> Judge:
                 answer=answer.strip(),
             )
         )
-        ratings = _RATING.findall(reply.lower())
-        return float(ratings[0]) if len(ratings) == 1 else 0.0
+        ratings = set(_RATING.findall(reply.lower()))
+        return float(ratings.pop()) if len(ratings) == 1 else 0.0
 
     return judge
 

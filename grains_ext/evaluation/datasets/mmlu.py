@@ -12,6 +12,7 @@ from grains_ext.evaluation.datasets.rows import (
     Row,
     Source,
     column,
+    filled,
     lettered,
     read,
     text,
@@ -38,20 +39,20 @@ def mmlu(
         - `cais/mmlu` of `datasets` or as parquet: `question`, `choices`, `answer` (0 to 3) and
           `subject`;
         - {subject}_test.csv of the authors' archive, with no header: question, A, B, C, D, letter.
-    examples: the dev split in the same layout; each prompt begins with the first n_examples of its
-        subject, answered (5-shot in the paper), under the paper's heading.
-    template: with "{question}" and "{options}". chat: as a user's message.
+    examples: the dev split in the same layout; each prompt has the first n_examples of its subject,
+        answered, before the question (5-shot in the paper).
+    template: with "{question}" and "{options}"; the paper's heading stands before it where the
+        subject is known. chat: as a user's message.
     """
     shots: dict[str, list[str]] = {}
     for words, true, subject in read(_with_columns(examples), _parse(template)) if examples else ():
         shots.setdefault(subject, []).append(f"{words} {LETTERS[true]}\n\n")
     items = []
     for words, true, subject in read(_with_columns(source), _parse(template)):
-        if examples is not None:
-            if subject not in shots:
-                raise ValueError(f"no example of the subject {subject!r} among the examples")
-            header = _HEADER.format(subject=subject.replace("_", " "))
-            words = "".join([header, *shots[subject][:n_examples], words])
+        if examples is not None and subject not in shots:
+            raise ValueError(f"no example of the subject {subject!r} among the examples")
+        header = _HEADER.format(subject=subject.replace("_", " ")) if subject else ""
+        words = "".join([header, *shots.get(subject, [])[:n_examples], words])
         labels = tuple(place == true for place in range(4))
         items.append(MultipleChoice(text_prompt(words, chat), tuple(LETTERS[:4]), labels))
     return items
@@ -62,10 +63,11 @@ def _parse(template: str) -> Any:
         """(what is asked, the right choice's place, the subject)."""
         choices = texts(row, "choices")
         answer = column(row, "answer")
-        true = LETTERS.find(answer) if isinstance(answer, str) else int(answer)
-        if len(choices) != 4 or not 0 <= true < 4:
+        known = LETTERS[:4] if isinstance(answer, str) else range(4)
+        if len(choices) != 4 or answer not in tuple(known):
             raise ValueError(f"expected four choices and which is right, got {choices}, {answer!r}")
-        words = template.format(question=text(row, "question"), options=lettered(choices))
+        true = tuple(known).index(answer)
+        words = filled(template, question=text(row, "question"), options=lettered(choices))
         return words, true, str(row.get("subject", ""))
 
     return parse

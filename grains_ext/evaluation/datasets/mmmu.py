@@ -11,6 +11,7 @@ from grains_ext.evaluation.datasets.rows import (
     Row,
     Source,
     column,
+    filled,
     image_of,
     lettered,
     read,
@@ -54,8 +55,10 @@ def mmmu(
         answer = text(row, "answer")
         if answer not in letters:
             raise ValueError(f"the answer {answer!r} is none of the letters {list(letters)}")
-        words = template.format(
-            question=text(row, "question"), options=lettered(options, "({letter}) {option}")
+        words = filled(
+            template,
+            question=text(row, "question"),
+            options=lettered(options, "({letter}) {option}"),
         )
         prompt, images = _illustrated(row, words, source, image_folder, image_token)
         labels = tuple(letter == answer for letter in letters)
@@ -80,7 +83,7 @@ def mmmu_open(
     def question(row: Row) -> Question | None:
         if text(row, "question_type") != "open":
             return None
-        words = template.format(question=text(row, "question"))
+        words = filled(template, question=text(row, "question"))
         prompt, images = _illustrated(row, words, source, image_folder, image_token)
         answer = text(row, "answer")
         answers = _options(answer) if answer.startswith("[") else [answer]

@@ -8,6 +8,7 @@ from grains_ext.evaluation.datasets.rows import (
     Row,
     Source,
     column,
+    filled,
     image_of,
     read,
     text,
@@ -35,7 +36,7 @@ def pope(
     """
 
     def question(row: Row) -> Question:
-        words = template.format(question=text(row, "text", "question"))
+        words = filled(template, question=text(row, "text", "question"))
         label = text(row, "label", "answer").lower()
         return Question(
             visual_prompt(words, image_token),

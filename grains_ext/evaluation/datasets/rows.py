@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,7 +29,7 @@ def read(source: Source, convert: Callable[[Row], T | None]) -> list[T]:
     found = []
     for where, row in _rows(source):
         try:
-            item = convert(_checked(row()))
+            item = convert(row())
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         if item is not None:
@@ -40,6 +41,8 @@ def read(source: Source, convert: Callable[[Row], T | None]) -> list[T]:
 
 def column(row: Row, *names: str) -> Any:
     """The first of the columns that is there and not None."""
+    if not isinstance(row, Mapping):
+        raise ValueError(f"expected an object with named columns, got {type(row).__name__}")
     for name in names:
         if row.get(name) is not None:
             return row[name]
@@ -58,6 +61,29 @@ def texts(row: Row, *names: str) -> list[str]:
     if not isinstance(value, list | tuple) or not all(isinstance(each, str) for each in value):
         raise ValueError(f"{names[0]!r} must be a list of texts, got {value!r}")
     return list(value)
+
+
+def number(row: Row, *names: str) -> float:
+    """A finite number, also written as text."""
+    value = column(row, *names)
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise ValueError(f"{names[0]!r} must be a number, got {value!r}")
+    return found
+
+
+def filled(template: str, **fields: str) -> str:
+    """The template with its fields in place. Raises ValueError where it asks for others."""
+    try:
+        return template.format(**fields)
+    except (LookupError, AttributeError, ValueError) as error:
+        known = ", ".join(f"{{{name}}}" for name in fields)
+        raise ValueError(
+            f"the template may ask for {known}, and writes {{ as {{{{: {error!r}"
+        ) from error
 
 
 def image_in(folder: str | Path, name: str) -> str:
@@ -125,7 +151,10 @@ def text_prompt(words: str, chat: bool) -> str | list[Message]:
 
 
 def lettered(options: Iterable[str], form: str = "{letter}. {option}") -> str:
-    """The options, one per line behind their letters."""
+    """The options, one per line behind their letters. Raises ValueError for more than 26."""
+    options = list(options)
+    if len(options) > len(LETTERS):
+        raise ValueError(f"{len(options)} options, and {len(LETTERS)} letters for them")
     return "\n".join(
         form.format(letter=letter, option=option)
         for letter, option in zip(LETTERS, options, strict=False)
@@ -156,30 +185,8 @@ def _rows(source: Source) -> Iterator[tuple[str, Callable[[], Any]]]:
         for file in files:
             yield from _rows(file)
         return
-    for where, row in read_rows(_lines_or_list(source)):
+    for where, row in read_rows(source):
         yield f"{_name(source)}, {where}", row
-
-
-def _lines_or_list(source: Source) -> Any:
-    """Some benchmarks' .json files hold an object per line."""
-    path = Path(source) if isinstance(source, str | Path) else None
-    if path is None or path.suffix.lower() != ".json" or not path.is_file():
-        return source
-    import json
-
-    content = path.read_text(encoding="utf-8")
-    if content.lstrip().startswith("["):
-        return source
-    try:
-        return [json.loads(line) for line in content.splitlines() if line.strip()]
-    except ValueError as error:
-        raise ValueError(f"{path}: neither a JSON list nor an object per line: {error}") from error
-
-
-def _checked(row: Any) -> Row:
-    if not isinstance(row, Mapping):
-        raise ValueError(f"expected an object with named columns, got {type(row).__name__}")
-    return row
 
 
 def _name(source: Source) -> str:

@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from grains_ext.evaluation.datasets.rows import Row, Source, column, read, text, text_prompt, texts
+from grains_ext.evaluation.datasets.rows import (
+    Row,
+    Source,
+    column,
+    filled,
+    read,
+    text,
+    text_prompt,
+    texts,
+)
 from grains_ext.evaluation.multiple_choice import MultipleChoice
 from grains_ext.evaluation.questions import Judge, Question, QuestionSet
 
@@ -47,15 +57,19 @@ def truthfulqa(
 
     MC0 and MC1 are the sets' accuracies, MC2 is the true mass of "mc2".
     """
-    rows = read(source, lambda row: (text(row, "question", "Question"), _targets(row)))
+
+    def items(row: Row) -> dict[str, MultipleChoice]:
+        prompt = text_prompt(filled(template, question=text(row, "question", "Question")), chat)
+        return {
+            name: MultipleChoice(prompt, tuple(answers), tuple(answers.values()))
+            for name, answers in _targets(row).items()
+        }
+
     sets: dict[str, list[MultipleChoice]] = {name: [] for name in _SETS}
-    for number, (question, targets) in enumerate(rows):
-        prompt = text_prompt(template.format(question=question), chat)
-        for name, answers in targets.items():
-            sets[name].append(
-                MultipleChoice(prompt, tuple(answers), tuple(answers.values()), id=str(number))
-            )
-    return {name: items for name, items in sets.items() if items}
+    for number, of_row in enumerate(read(source, items)):
+        for name, item in of_row.items():
+            sets[name].append(replace(item, id=str(number)))
+    return {name: found for name, found in sets.items() if found}
 
 
 def truthfulqa_questions(
@@ -77,7 +91,7 @@ def truthfulqa_questions(
         correct, incorrect = _answers(row)
         words = text(row, "question", "Question")
         return Question(
-            text_prompt(template.format(question=words), chat),
+            text_prompt(filled(template, question=words), chat),
             tuple(correct),
             notes={
                 "question": words,
