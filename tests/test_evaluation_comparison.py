@@ -289,6 +289,26 @@ def test_errors() -> None:
     pair = PreferencePair("the sky", "blue", "red", images=("sky.png",), id="picture")
     with pytest.raises(ValueError, match=r"pair 3 \(id 'picture'\).*images"):
         evaluate(model, TOKENIZER, [*PAIRS, pair], progress=False)
+    with pytest.raises(ValueError, match="neutral_texts must be several texts, got one"):
+        evaluate(model, TOKENIZER, neutral_texts="the sky is blue", progress=False)
+    asked = QuestionSet([Question("the sky", ("blue",))], "exact")
+    with pytest.raises(ValueError, match="tasks must be named"):
+        evaluate(model, TOKENIZER, tasks=asked, progress=False)  # type: ignore[arg-type]
+
+
+def test_every_condition_goes_through_what_a_generator_gives() -> None:
+    model, item = bigram_model(TABLE), MultipleChoice("the sky", ("blue", "red"), (True, False))
+    report = evaluate(
+        model,
+        TOKENIZER,
+        vectors={"nothing": nullcontext},
+        tasks={"colors": (each for each in [item])},  # type: ignore[dict-item]
+        neutral_texts=(text for text in ["the sky"]),
+        progress=False,
+    )
+    unsteered, nothing = report.conditions.values()
+    assert unsteered.tasks == nothing.tasks
+    assert unsteered.perplexity == nothing.perplexity
 
 
 def test_brackets_and_undefined_figures_show_as_they_are() -> None:

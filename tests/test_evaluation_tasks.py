@@ -173,6 +173,12 @@ def test_question_sets_that_do_not_fit() -> None:
         QuestionSet([question], "judge")
     with pytest.raises(ValueError, match="at least one question"):
         QuestionSet([], "exact")
+    with pytest.raises(ValueError, match=r"scoring must be one of exact, .* got 'Exact'"):
+        QuestionSet([question], "Exact")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="or a blank one"):  # every text begins with it
+        QuestionSet([Question("a dog?", ("a dog", ""))], "exact")
+    with pytest.raises(ValueError, match="answers must be a tuple of texts, got the text 'yes'"):
+        Question("a dog?", "yes")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("family", VISION_FAMILIES)

@@ -297,7 +297,7 @@ def evaluate(
     *,
     vectors: SteeringVectors | Mapping[str, Any] | None = None,
     tasks: Mapping[str, Task] | None = None,
-    neutral_texts: Sequence[str] | None = None,
+    neutral_texts: Iterable[str] | None = None,
     max_new_tokens: int | None = None,
     generate: bool = True,
     separator: str | None = None,
@@ -330,8 +330,7 @@ def evaluate(
         report = evaluate(model, tokenizer, test_pairs, vectors={"ours": ours, "caa": caa})
         print(report)
     """
-    pairs, tasks = list(test_pairs), dict(tasks or {})
-    _check_not_empty(pairs, tasks, neutral_texts)
+    pairs, tasks, neutral_texts = _listed(test_pairs, tasks, neutral_texts)
     if not isinstance(vectors, Mapping):
         vectors = {} if vectors is None else {STEERED: vectors}
     if UNSTEERED in vectors:
@@ -364,11 +363,11 @@ def evaluate(
 def measure(
     model: Any,
     tokenizer: Any,
-    pairs: Sequence[PreferencePair] = (),
+    pairs: Iterable[PreferencePair] = (),
     *,
     vectors: SteeringVectors | Callable[[Any], AbstractContextManager[Any]] | None = None,
     tasks: Mapping[str, Task] | None = None,
-    neutral_texts: Sequence[str] | None = None,
+    neutral_texts: Iterable[str] | None = None,
     max_new_tokens: int | None = None,
     generate: bool = True,
     separator: str | None = None,
@@ -380,7 +379,7 @@ def measure(
     vectors: None measures the model as it stands, hooks and all.
     on_part: called when the pairs, the generations, each task and the texts are done.
     """
-    _check_not_empty(pairs, tasks or {}, neutral_texts)
+    pairs, tasks, neutral_texts = _listed(pairs, tasks, neutral_texts)
     if vectors is not None:
         model = _uncompiled(model)
     done = on_part or (lambda: None)
@@ -415,7 +414,7 @@ def measure(
                 )
                 for pair, margin, text in zip(pairs, margins, said, strict=True)
             ]
-        for name, task in (tasks or {}).items():
+        for name, task in tasks.items():
             results[name] = _task_result(model, tokenizer, task, separator, max_batch_tokens)
             done()
     if neutral_texts:
@@ -438,14 +437,26 @@ def _context(steering: Any, model: Any) -> AbstractContextManager[Any]:
     return context
 
 
-def _check_not_empty(
-    pairs: Sequence[PreferencePair], tasks: Mapping[str, Task], texts: Sequence[str] | None
-) -> None:
-    if not pairs and not tasks and not texts:
+def _listed(
+    pairs: Iterable[PreferencePair],
+    tasks: Mapping[str, Task] | None,
+    texts: Iterable[str] | None,
+) -> tuple[list[PreferencePair], dict[str, Task], list[str]]:
+    """All of it in memory, since every condition goes through it. Raises ValueError for nothing."""
+    if isinstance(texts, str):
+        raise ValueError("neutral_texts must be several texts, got one: put it in a list")
+    if tasks is not None and not isinstance(tasks, Mapping):
+        raise ValueError(f'tasks must be named, {{"name": items}}, got {type(tasks).__name__}')
+    named: dict[str, Task] = {
+        name: task if isinstance(task, QuestionSet) else list(task)
+        for name, task in (tasks or {}).items()
+    }
+    listed = list(pairs), named, list(texts or ())
+    if not any(listed):
         raise ValueError("no pairs to evaluate, and no tasks or neutral texts in their place")
-    empty = [name for name, task in tasks.items() if not isinstance(task, QuestionSet) and not task]
-    if empty:
+    if empty := [name for name, task in named.items() if isinstance(task, list) and not task]:
         raise ValueError(f"the tasks {', '.join(empty)} have no items")
+    return listed
 
 
 def _task_result(

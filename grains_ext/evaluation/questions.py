@@ -15,7 +15,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from grains_ext.evaluation.generation import generate_answers, says
 from grains_ext.evaluation.intervals import Estimate, Statistic
 from grains_ext.pairs import Message, PreferencePair
 
+Scoring = Literal["exact", "yes_no", "judge"]
 Judge = Callable[["Question", str], float]
 """A rating of what the model said; more is better."""
 
@@ -42,6 +43,8 @@ class Question:
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if isinstance(self.answers, str):
+            raise ValueError(f"answers must be a tuple of texts, got the text {self.answers!r}")
         object.__setattr__(self, "answers", tuple(self.answers))
         PreferencePair(self.prompt, "a", "b", self.images, self.id)  # its checks
 
@@ -58,7 +61,7 @@ class QuestionSet:
     """
 
     questions: tuple[Question, ...]
-    scoring: Literal["exact", "yes_no", "judge"]
+    scoring: Scoring
     judge: Judge | None = None
     match: Callable[[str, str], bool] = says
     low_rating: float | None = None
@@ -68,12 +71,21 @@ class QuestionSet:
         object.__setattr__(self, "questions", tuple(self.questions))
         if not self.questions:
             raise ValueError("a question set needs at least one question")
+        if self.scoring not in get_args(Scoring):
+            known = ", ".join(get_args(Scoring))
+            raise ValueError(f"scoring must be one of {known}, got {self.scoring!r}")
         if (self.judge is not None) != (self.scoring == "judge"):
             raise ValueError('a judge is given with scoring="judge", and only then')
         for number, question in enumerate(self.questions):
             name = f"question {number}" if question.id is None else f"question {question.id!r}"
-            if self.scoring == "exact" and not question.answers:
-                raise ValueError(f"{name} has no answer to compare with: give one, or use a judge")
+            # Every text begins with a blank answer.
+            if self.scoring == "exact" and not (
+                question.answers and all(map(str.strip, question.answers))
+            ):
+                raise ValueError(
+                    f"{name} has no answer to compare with, or a blank one, {question.answers}: "
+                    "give one, or use a judge"
+                )
             if self.scoring == "yes_no" and question.answers not in (("yes",), ("no",)):
                 got = list(question.answers)
                 raise ValueError(f'{name}: its one answer must be "yes" or "no", got {got}')
