@@ -221,14 +221,18 @@ def text_logprobs(
     *,
     max_batch_tokens: int = 4096,
     pad_id: int = 0,
+    as_generated: bool = False,
 ) -> list[ContinuationScore]:
-    """log p of each sequence of at least two tokens, given its first token."""
+    """log p of each sequence of at least two tokens, given its first token.
+
+    as_generated: to steering by position the tokens after the first are generated, not a prompt.
+    """
     return continuation_logprobs(
         model,
         [(sequence[:1], sequence[1:]) for sequence in sequences],
         max_batch_tokens=max_batch_tokens,
         pad_id=pad_id,
-        tell_prompts=False,  # a text is all prompt
+        tell_prompts=as_generated,
     )
 
 
@@ -259,6 +263,7 @@ def text_divergences(
     *,
     max_batch_tokens: int = 4096,
     pad_id: int = 0,
+    as_generated: bool = False,
 ) -> list[float]:
     """KL(unsteered || steered) of the next token, summed over each sequence's tokens but the last.
 
@@ -266,6 +271,7 @@ def text_divergences(
         it is entered once per batch. KL(p || q) = sum_i p_i (log p_i - log q_i) over the
         vocabulary, in nats; 0 where steering changes nothing. Over `len(sequence) - 1` tokens it is
         a mean per token.
+    as_generated: as of `text_logprobs`.
     """
     device = ids_device(model)
     divergences: dict[int, float] = {}
@@ -274,7 +280,8 @@ def text_divergences(
             input_ids, mask = pad_batch([sequences[g][:-1] for g in group], pad_id)
             input_ids, mask = input_ids.to(device), mask.to(device)
             before = forward_logits(model, mask, input_ids=input_ids)
-            with steered():
+            ends = (1 + (mask == 0).sum(-1)).tolist()
+            with steered(), prompt_lengths(model, ends) if as_generated else nullcontext():
                 after = forward_logits(model, mask, input_ids=input_ids)
             real = mask == 1
             sums = torch.zeros(real.shape, dtype=torch.float64, device=device)

@@ -3,13 +3,15 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
+from grains_ext.decoder import DecoderView
 from grains_ext.encoding import encode_pair, encode_prompt
+from grains_ext.evaluation import measure
 from grains_ext.pairs import PreferencePair
 from grains_ext.scoring import (
     continuation_logprobs,
@@ -17,8 +19,9 @@ from grains_ext.scoring import (
     perplexity,
     text_divergences,
 )
-from grains_ext.steering import STRENGTHS, SteeringVectors, tune
+from grains_ext.steering import STRENGTHS, Gate, SteeringVectors, tune
 from grains_ext.steering.calibrate import neighbour_sets
+from grains_ext.steering.positions import Named
 from grains_ext.steering.trials import TrialLog
 from tests.models import HIDDEN_SIZE, N_BLOCKS, tiny_model, tiny_tokenizer
 
@@ -276,6 +279,61 @@ def test_positions(model: PreTrainedModel, vectors: SteeringVectors) -> None:
     margins = pair_margins(model, TOKENIZER, PAIRS)
     assert tuned["all"] != pytest.approx(tuned["generated"])
     assert tuned["generated"] == pytest.approx(fmean(m.total for m in margins), abs=1e-5)
+
+
+@pytest.mark.parametrize("positions", get_args(Named)[:4])
+def test_texts_cost_what_evaluate_says(
+    model: PreTrainedModel, vectors: SteeringVectors, positions: Named
+) -> None:
+    """Texts are generated to steering of generated tokens; to gates and all else a prompt."""
+    for gate in (
+        None,
+        Gate(0, torch.ones(HIDDEN_SIZE), -1.0),
+        Gate(0, torch.ones(HIDDEN_SIZE), 1.0),
+    ):
+        steering = vectors.subset([1]).with_gate(gate)
+        best = tune(
+            model, TOKENIZER, PAIRS[:1], steering, neutral_texts=NEUTRAL, blocks=[[1]],
+            strengths=[0.3], max_perplexity_ratio=9, max_kl=9, positions=positions, progress=False,
+        )  # fmt: skip
+        tuned = best.metadata["tuning"]["chosen"]
+
+        def steered(model: Any, best: SteeringVectors = best) -> Any:
+            return best.applied(model, positions=positions)
+
+        unsteered = measure(model, TOKENIZER, neutral_texts=NEUTRAL).perplexity
+        found = measure(model, TOKENIZER, neutral_texts=NEUTRAL, vectors=steered)
+        assert found.perplexity is not None
+        assert unsteered is not None
+        assert found.perplexity / unsteered == pytest.approx(tuned["perplexity_ratio"], rel=1e-5)
+        assert found.kl_per_token == pytest.approx(tuned["kl"], abs=1e-6)
+        shut = gate is not None and gate.threshold == 1.0
+        assert (tuned["kl"] == 0) == shut
+
+
+def test_a_gate_reads_a_text_to_its_end(model: PreTrainedModel, vectors: SteeringVectors) -> None:
+    """Its first token says nothing: all texts begin alike."""
+    states = []
+    for text in NEUTRAL:
+        ids = torch.tensor([encode_prompt(TOKENIZER, text)])
+        with DecoderView.of(model).capture([0]) as captured, torch.no_grad():
+            model(ids)
+        states.append(captured[0][0])
+    first, last = states[0][0], states[0][-1]
+    # Open at the first text's end alone.
+    normal = last - first
+    scores = [float(row @ normal) for row in (last, states[1][-1], first)]
+    gate = Gate(0, normal, (scores[0] + max(scores[1:])) / 2, "probe")
+    best = tune(
+        model, TOKENIZER, PAIRS[:1], vectors.subset([1]).with_gate(gate), neutral_texts=NEUTRAL,
+        blocks=[[1]], strengths=[0.3], max_perplexity_ratio=9, max_kl=9, progress=False,
+    )  # fmt: skip
+    divergences = text_divergences(
+        model, [encode_prompt(TOKENIZER, NEUTRAL[0])], lambda: best.with_gate(None).applied(model)
+    )
+    n_tokens = sum(len(encode_prompt(TOKENIZER, text)) - 1 for text in NEUTRAL)
+    kl = best.metadata["tuning"]["chosen"]["kl"]
+    assert kl == pytest.approx(sum(divergences) / n_tokens, rel=1e-4)
 
 
 def test_images(vectors: SteeringVectors) -> None:

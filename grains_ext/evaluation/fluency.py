@@ -13,6 +13,7 @@ from grains_ext.batching import pad_id_of
 from grains_ext.encoding import encode_prompt
 from grains_ext.evaluation.intervals import Statistic, columns
 from grains_ext.scoring import text_divergences, text_logprobs
+from grains_ext.steering.positions import reads_as_generated
 
 
 @dataclass(frozen=True)
@@ -38,23 +39,25 @@ def read(
 ) -> list[TextOutcome]:
     """The texts of at least two tokens, in order.
 
-    steered: makes the context in which the model is steered; None measures it as it stands.
+    steered: makes the context in which the model is steered; None measures it as it stands. Where
+        it gives a SteeringHandle that steers generated tokens, texts count as generated.
 
     Raises ValueError where no text has two tokens.
     """
     sequences = [ids for ids in (encode_prompt(tokenizer, text) for text in texts) if len(ids) > 1]
     if not sequences:
         raise ValueError("neutral texts need at least one of two tokens or more")
-    budget: dict[str, int] = {
+    budget: dict[str, Any] = {
         "max_batch_tokens": max_batch_tokens,
         "pad_id": pad_id_of(tokenizer),
     }
     if steered is None:
         scores = text_logprobs(model, sequences, **budget)
         return [TextOutcome(score.total, score.n_tokens) for score in scores]
-    with steered():
-        scores = text_logprobs(model, sequences, **budget)
-    divergences = text_divergences(model, sequences, steered, **budget)
+    with steered() as handle:
+        as_generated = reads_as_generated(getattr(handle, "positions", "all"))
+        scores = text_logprobs(model, sequences, as_generated=as_generated, **budget)
+    divergences = text_divergences(model, sequences, steered, as_generated=as_generated, **budget)
     return [
         TextOutcome(score.total, score.n_tokens, divergence)
         for score, divergence in zip(scores, divergences, strict=True)

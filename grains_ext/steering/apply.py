@@ -222,6 +222,11 @@ class SteeringHandle:
         self._prompt_length = self._updated(self._prompt_length, lengths)
 
     @property
+    def positions(self) -> Positions:
+        """As they were given to `apply`."""
+        return self._positions
+
+    @property
     def decisions(self) -> dict[int, Tensor]:
         """What the gates that hold their decision have decided: {member: bool [rows]}, True where
         the prompt is steered."""

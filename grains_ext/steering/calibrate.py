@@ -170,6 +170,7 @@ def tune(
                 pairs,
                 separator=separator,
                 max_batch_tokens=max_batch_tokens,
+                positions=positions,
             ),
             positions,
             (max_perplexity_ratio, max_kl),

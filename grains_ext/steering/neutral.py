@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from grains_ext.batching import position_ids_of, token_divergences, token_logpro
 from grains_ext.decoder import DecoderView, prompt_lengths, unwrap
 from grains_ext.pair_batches import PromptBatch, encode_batches, iter_prompt_batches
 from grains_ext.pairs import PreferencePair
+from grains_ext.steering.positions import Positions, reads_as_generated
 
 # Unsteered logits that are kept between calls, in elements; beyond, they are computed again.
 _KEPT_ELEMENTS = 1 << 26
@@ -36,11 +38,11 @@ class Drift:
 @dataclass(frozen=True)
 class _Batch:
     """Model inputs, which tokens are scored ([B, T - 1], of all but the first column), and where
-    generation begins for steering that asks, in columns."""
+    generation begins for steering that asks, in columns; None: it is all prompt."""
 
     batch: PromptBatch
     scored: Tensor
-    prompt_lengths: list[int]
+    prompt_lengths: list[int] | None
 
 
 class NeutralTexts:
@@ -49,6 +51,9 @@ class NeutralTexts:
     Of a text every token but the first is scored, of a pair those of its chosen answer. Without
     texts it is ``pairs``' prompts: there text tokens are scored, and the place where the answer
     would begin is not looked at. Make it, and call it, inside `attribution.shortcuts.alone_with`.
+
+    positions: of the steering. To that of generated tokens a text is one that the model writes,
+        from its start; to all other, and to gates, a prompt.
 
     Raises ValueError where there is nothing to score, or the unsteered perplexity is not finite.
     """
@@ -62,6 +67,7 @@ class NeutralTexts:
         *,
         separator: str | None,
         max_batch_tokens: int,
+        positions: Positions = "all",
     ) -> None:
         self._view = view
         if texts is None:
@@ -70,7 +76,9 @@ class NeutralTexts:
             prompts = [(text, None) for text in texts if isinstance(text, str)]
         answered = [pair for pair in texts or () if not isinstance(pair, str)]
         batches = [
-            *_prompt_batches(view, processor, prompts, max_batch_tokens),
+            *_prompt_batches(
+                view, processor, prompts, max_batch_tokens, reads_as_generated(positions)
+            ),
             *_answer_batches(processor, answered, separator, max_batch_tokens),
         ]
         self._batches = [batch for batch in batches if batch.scored.any()]
@@ -150,7 +158,8 @@ class NeutralTexts:
         # With images a model makes positions of its own.
         if accepts_positions and set(batch.inputs) <= {"input_ids", "attention_mask"}:
             arguments["position_ids"] = position_ids_of(arguments["attention_mask"])
-        with prompt_lengths(model, held.prompt_lengths):
+        told = held.prompt_lengths
+        with nullcontext() if told is None else prompt_lengths(model, told):
             logits: Tensor = model(**arguments).logits
         return logits[:, :-1][held.scored.to(logits.device)]
 
@@ -161,7 +170,11 @@ class NeutralTexts:
 
 
 def _prompt_batches(
-    view: DecoderView, processor: Any, prompts: Iterable[Any], max_batch_tokens: int
+    view: DecoderView,
+    processor: Any,
+    prompts: Iterable[Any],
+    max_batch_tokens: int,
+    generated: bool,
 ) -> Iterator[_Batch]:
     """prompts: (text or messages, images or None)."""
     image_id = getattr(getattr(unwrap(view.model), "config", None), "image_token_id", None)
@@ -172,8 +185,7 @@ def _prompt_batches(
         scored = mask[:, 1:] & mask[:, :-1]
         if image_id is not None:
             scored &= ids[:, 1:] != image_id
-        # To steering of generated tokens the text is one that the model writes, from its start.
-        yield _Batch(batch, scored, (1 + (~mask).sum(1)).tolist())
+        yield _Batch(batch, scored, (1 + (~mask).sum(1)).tolist() if generated else None)
 
 
 def _answer_batches(

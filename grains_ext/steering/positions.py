@@ -195,6 +195,14 @@ def check_positions(positions: Positions, image_ids: tuple[int, ...]) -> None:
         )
 
 
+def reads_as_generated(positions: Positions) -> bool:
+    """Whether a text that stands alone is generated, all but its first token, to such steering.
+
+    To steering of all else, and to gates, it is a prompt.
+    """
+    return isinstance(positions, str) and positions in ("generated", "last")
+
+
 def image_token_ids(config: Any) -> tuple[int, ...]:
     """The ids of the tokens that stand for pixels, by a model's configuration; none for text."""
     found = (getattr(config, name, None) for name in ("image_token_id", "video_token_id"))
