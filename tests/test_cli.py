@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -465,6 +466,32 @@ def raising(error: BaseException) -> Callable[..., None]:
         raise error
 
     return called
+
+
+def test_a_terminated_run_ends_as_by_ctrl_c(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """As a scheduler ends it: what the run had begun is taken away, exit code 143."""
+    SteeringVectors({0: torch.ones(32)}).save_pretrained(tmp_path / "vectors")
+    output = tmp_path / "out" / "exported"
+    output.parent.mkdir()
+
+    def terminated(*arguments: object, **settings: object) -> None:
+        assert any(output.parent.iterdir())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("grains_ext.export.model.export_graph", terminated)
+    argv = ["grains", "export", folder / "model", tmp_path / "vectors", "-o", output]
+    monkeypatch.setattr("sys.argv", list(map(str, argv)))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 143
+    assert "nothing was written" in " ".join(capsys.readouterr().err.split())
+    assert not list(output.parent.iterdir())
 
 
 def test_a_fit_that_is_stopped_goes_on(

@@ -2,10 +2,12 @@
 
 import functools
 import inspect
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from types import FrameType
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.markup import escape
@@ -72,7 +74,7 @@ def command(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Registers a function as a command with --config, --quiet and --debug.
 
-    on_interrupt: what to say after Ctrl-C; {output} is the --output that was given.
+    on_interrupt: what to say after Ctrl-C or SIGTERM; {output} is the --output that was given.
 
     After a run with --output the file that repeats it lies in that folder, as COMMAND.yaml, or
     beside that file.
@@ -87,9 +89,9 @@ def command(
             given = {**parameters, "context": context} if "context" in own else parameters
             try:
                 function(**given)
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as stop:
                 say(on_interrupt.format(output=parameters.get("output")))
-                raise typer.Exit(130) from None
+                raise typer.Exit(143 if isinstance(stop, _Terminated) else 130) from None
             except Exception as error:
                 # Where the function is called by other code than main, it gets the error itself.
                 error.grains_debug = debug  # type: ignore[attr-defined]
@@ -123,8 +125,17 @@ def command(
     return register
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, by which schedulers, containers and `timeout` end a run: it ends as by Ctrl-C."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Terminated
+
+
 def main() -> None:
     """Entry point: a user's mistake prints one message; --debug shows the traceback."""
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
     except Exception as error:
