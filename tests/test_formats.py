@@ -254,6 +254,12 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
         ({"action": "clamp"}, "action='clamp'"),
         ({"head_index": 3}, "head_index=3"),
         ({"steering_vector": [1.0]}, "no tensor"),
+        ({"steering_vector": torch.ones(2, 4)}, r"'layers.1': a direction is \[2, 4\]"),
+        ({"steering_vector": torch.ones(4).to_sparse()}, "sparse_coo"),
+        # Four bytes in the file, 40 GB in memory.
+        ({"steering_vector": torch.ones(1).expand(10**10)}, r"a direction is \[10000000000\]"),
+        ({"steering_vector": torch.ones(4, dtype=torch.int64)}, r"v\.pt: the direction of block 1"),
+        ({"steering_coefficient": None}, "'layers.1': float"),
     ],
 )
 def test_lm_eval_steering_that_is_no_addition_is_refused(
@@ -287,6 +293,14 @@ def test_lm_eval_hookpoints_are_modules_of_the_base_model(tmp_path: Path, family
         ("v.gguf", b"GGUF", "not a valid GGUF"),
         ("v.svec", b"{}", "not a .svec"),
         ("v.svec", b'{"model_type": "x", "directions": {"a": [1]}}', "not a .svec"),
+        ("v.svec", b'{"model_type": "x", "directions": {"03": [1]}}', "'03' is no layer"),
+        (
+            "v.svec",
+            b'{"model_type": "x", "directions": {"3": [NaN]}}',
+            r"v\.svec: the direction of",
+        ),
+        ("v.svec", b'{"directions": {"3": [1' + b"0" * 400 + b"]}}", "not a .svec"),
+        ("v.svec", b"[" * 100_000, "not a .svec"),
         ("v.pt", b"no", "weights_only"),
     ],
 )
@@ -294,6 +308,25 @@ def test_damaged_files_are_named(tmp_path: Path, name: str, content: bytes, mess
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_vectors(tmp_path / name)
+
+
+def test_gguf_that_announces_more_than_it_holds(tmp_path: Path) -> None:
+    """The package would count to a million million, and keep a part for each."""
+    pytest.importorskip("gguf")
+    of_integers = (1).to_bytes(8, "little") + b"a" + (9).to_bytes(4, "little")
+    array = of_integers + (4).to_bytes(4, "little") + (1 << 40).to_bytes(8, "little")
+    header = b"GGUF" + (3).to_bytes(4, "little") + bytes(8) + (1).to_bytes(8, "little")
+    (tmp_path / "v.gguf").write_bytes(header + array)
+    with pytest.raises(ValueError, match="not a valid GGUF file: it ends before byte"):
+        read_vectors(tmp_path / "v.gguf")
+
+
+def test_svec_variances_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
+    text = '{"model_type": "x", "directions": {"1": [1]}, "explained_variances": {"1": NaN}}'
+    (tmp_path / "v.svec").write_text(text)
+    found = read_vectors(tmp_path / "v.svec")
+    found.save_pretrained(tmp_path / "ours")
+    assert found.metadata["explained_variances"] == {}
 
 
 def test_what_is_not_there_or_not_clear_is_said(tmp_path: Path) -> None:

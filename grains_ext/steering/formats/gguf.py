@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from grains_ext.files import replacing
+from grains_ext.steering.formats import checked
 from grains_ext.steering.vectors import SteeringVectors
 
 _ARCHITECTURE = "controlvector"
@@ -30,7 +31,7 @@ def read(path: Path, *, layer_shift: int = 0) -> SteeringVectors:
     """
     gguf = _package()
     try:
-        reader = gguf.GGUFReader(path)
+        reader = _reader(gguf)(path)
     except Exception as error:  # whatever numpy or the package say of bytes that are no GGUF
         raise ValueError(f"{path} is not a valid GGUF file: {error}") from error
     fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -53,7 +54,10 @@ def read(path: Path, *, layer_shift: int = 0) -> SteeringVectors:
             raise ValueError(
                 f"{path}: {tensor.name} is {tensor.tensor_type.name}; expected F32 or F16"
             )
-        directions[int(match[1]) + layer_shift] = torch.from_numpy(values).float()
+        try:
+            directions[int(match[1]) + layer_shift] = checked.direction(torch.from_numpy(values))
+        except ValueError as error:
+            raise ValueError(f"{path}: {tensor.name}: {error}") from error
     if any(block < 0 for block in directions):
         raise ValueError(
             f"{path}: layer_shift={layer_shift} makes block {min(directions)} of its lowest layer"
@@ -63,16 +67,13 @@ def read(path: Path, *, layer_shift: int = 0) -> SteeringVectors:
         for name, value in fields.items()
         if name.startswith(f"{_ARCHITECTURE}.")
     }
-    return SteeringVectors(
-        directions,
-        normalize=False,
-        metadata={
-            "read_from": "gguf",
-            "layer_shift": layer_shift,
-            "model_type": metadata.pop("model_hint", None),
-            "gguf": metadata,
-        },
-    )
+    described = {
+        "read_from": "gguf",
+        "layer_shift": layer_shift,
+        "model_type": metadata.pop("model_hint", None),
+        "gguf": metadata,
+    }
+    return checked.vectors(path, directions, described)
 
 
 def write(
@@ -116,13 +117,26 @@ def _check_component(path: Path, native: Any) -> None:
         return
     try:
         component = json.loads(native).get("component")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: controlvector.easysteer is not its JSON: {error}") from error
     if component not in (None, "hidden_states"):
         raise ValueError(
             f"{path}: its directions belong to {component!r}; only those of the blocks' outputs "
             "('hidden_states') can be used"
         )
+
+
+def _reader(gguf: Any) -> Any:
+    """Theirs, which counts on past a file's end: a length in it would be obeyed for ever."""
+
+    class Reader(gguf.GGUFReader):  # type: ignore[misc]
+        def _get(self, offset: int, dtype: Any, count: int = 1, **order: Any) -> Any:
+            found = super()._get(offset, dtype, count, **order)
+            if len(found) < count:
+                raise ValueError(f"it ends before byte {offset}, where more was announced")
+            return found
+
+    return Reader
 
 
 def _package() -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from grains_ext.files import replacing
+from grains_ext.steering.formats import checked
 from grains_ext.steering.vectors import SteeringVectors
 
 _BLOCK = re.compile(r"(?:.+\.)?(?:layers|h|blocks|block)\.(\d{1,6})")
@@ -58,14 +59,13 @@ def read(path: Path) -> SteeringVectors:
         block = _block(path, hookpoint, entry)
         if block in directions:
             raise ValueError(f"{path}: two hookpoints are block {block}, {hookpoint!r} is one")
-        directions[block] = entry["steering_vector"].flatten()
-        strengths[block] = float(entry.get("steering_coefficient", 1.0))
-    return SteeringVectors(
-        directions,
-        normalize=False,
-        block_strengths=strengths,
-        metadata={"read_from": "lm-eval"},
-    )
+        try:
+            directions[block] = checked.direction(entry["steering_vector"])
+            strengths[block] = float(entry.get("steering_coefficient", 1.0))
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{path}: {hookpoint!r}: {error}") from error
+    metadata = {"read_from": "lm-eval"}
+    return checked.vectors(path, directions, metadata, block_strengths=strengths)
 
 
 def write(vectors: SteeringVectors, path: Path, *, blocks_at: str | None = None) -> None:

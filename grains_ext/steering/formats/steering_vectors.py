@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from grains_ext.files import replacing
+from grains_ext.steering.formats import checked
 from grains_ext.steering.formats.folding import at_strength_one
 from grains_ext.steering.vectors import SteeringVectors
 
@@ -40,7 +41,10 @@ def read(path: Path) -> SteeringVectors:
         raise ValueError(
             f"{path} holds no SteeringVector (it is read with weights_only): {error}"
         ) from error
-    return from_object(loaded)
+    try:
+        return from_object(loaded)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def write(vectors: SteeringVectors, path: Path) -> None:
@@ -61,7 +65,7 @@ def from_object(theirs: Any) -> SteeringVectors:
             f"its directions are of layer_type {layer_type!r}; only 'decoder_block' can be used"
         )
     return SteeringVectors(
-        {layer: direction.detach().flatten() for layer, direction in layers.items()},
+        {layer: checked.direction(tensor) for layer, tensor in layers.items()},
         normalize=False,
         metadata={"read_from": "steering-vectors"},
     )

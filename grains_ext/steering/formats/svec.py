@@ -2,12 +2,14 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from grains_ext.files import write_text
+from grains_ext.steering.formats import checked
 from grains_ext.steering.vectors import SteeringVectors
 
 
@@ -18,22 +20,26 @@ def read(path: Path) -> SteeringVectors:
     """
     try:
         data = json.loads(path.read_bytes())
-        directions = {int(layer): _vector(values) for layer, values in data["directions"].items()}
+        directions = {_block(layer): _vector(v) for layer, v in data["directions"].items()}
         model_type = data["model_type"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        OverflowError,
+    ) as error:
         raise ValueError(
             f'{path} is not a .svec file: expected JSON with "model_type" and "directions" '
             f"{{layer: numbers}} ({error})"
         ) from error
-    return SteeringVectors(
-        directions,
-        normalize=False,
-        metadata={
-            "read_from": "svec",
-            "model_type": model_type,
-            "explained_variances": data.get("explained_variances", {}),
-        },
-    )
+    metadata = {
+        "read_from": "svec",
+        "model_type": model_type,
+        "explained_variances": _finite(data.get("explained_variances")),
+    }
+    return checked.vectors(path, directions, metadata)
 
 
 def write(vectors: SteeringVectors, path: Path, *, model_type: str | None = None) -> None:
@@ -41,8 +47,7 @@ def write(vectors: SteeringVectors, path: Path, *, model_type: str | None = None
 
     model_type: of the model's config; by default the one in the vectors' metadata, else "unknown".
     """
-    known = vectors.metadata.get("explained_variances")
-    variances = known if isinstance(known, dict) else {}
+    variances = _finite(vectors.metadata.get("explained_variances"))
     data = {
         "model_type": model_type or vectors.metadata.get("model_type") or "unknown",
         "directions": {str(block): v.tolist() for block, v in vectors.directions.items()},
@@ -54,10 +59,22 @@ def write(vectors: SteeringVectors, path: Path, *, model_type: str | None = None
     write_text(path, json.dumps(data))
 
 
+def _finite(variances: Any) -> dict[str, float]:
+    """Of the layers that have one; our own files hold no NaN."""
+    known = variances if isinstance(variances, dict) else {}
+    return {
+        layer: value
+        for layer, value in known.items()
+        if isinstance(value, int | float) and math.isfinite(value)
+    }
+
+
+def _block(layer: str) -> int:
+    if not re.fullmatch(r"0|[1-9]\d{0,5}", layer):
+        raise ValueError(f"{layer!r} is no layer")
+    return int(layer)
+
+
 def _vector(values: Any) -> torch.Tensor:
-    vector = torch.tensor(values, dtype=torch.float32)
-    if vector.ndim == 2 and vector.shape[0] == 1:
-        vector = vector[0]  # [1, D]: newer versions leave room for one direction per token
-    if vector.ndim != 1 or not math.prod(vector.shape):
-        raise ValueError(f"a direction has shape {list(vector.shape)}, expected [hidden size]")
-    return vector
+    # Newer versions write [1, D]: they leave room for one direction per token.
+    return checked.direction(torch.tensor(values, dtype=torch.float32))
