@@ -154,6 +154,23 @@ def hidden_states_of(output: Any) -> Tensor:
     return hidden
 
 
+def max_positions(model: nn.Module) -> int | None:
+    """The longest sequence the model was made for, where its configuration says so."""
+    return getattr(_text_config(unwrap(model)), "max_position_embeddings", None)
+
+
+def check_length(model: nn.Module, n_tokens: int, name: str) -> None:
+    """Raises ValueError, with the name, where a sequence is longer than the model was made for.
+
+    Its positions would be read past their table, or be of a kind that training had none of.
+    """
+    limit = max_positions(model)
+    if limit is not None and n_tokens > limit:
+        raise ValueError(
+            f"{name} has {n_tokens} tokens, the model has {limit} positions; shorten the prompt"
+        )
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The Hugging Face model inside peft, torch.compile and data-parallel wrappers."""
     return wrappers(model)[-1]

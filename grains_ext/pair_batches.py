@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from grains_ext.batching import batches, pad_batch, pad_id_of, position_ids_of, token_logprobs
-from grains_ext.decoder import ids_device, unwrap
+from grains_ext.decoder import check_length, ids_device, unwrap
 from grains_ext.encoding import EncodedPair, TokenIds, encode_pair, pair_name
 from grains_ext.pairs import Message, PreferencePair
 
@@ -52,7 +52,7 @@ class PairBatch:
 
         With logits_to_keep where the model knows it: the head runs at the scored positions only.
         """
-        return _forward_arguments(self.inputs, model, self.n_scored)
+        return _forward_arguments(self, model, self.n_scored)
 
     def logprobs(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """log p of the chosen and of the rejected continuations, summed over their tokens.
@@ -112,7 +112,7 @@ class PromptBatch:
 
     def arguments(self, model: nn.Module) -> dict[str, Any]:
         """The inputs on the model's device, pixels in its dtype."""
-        return _fitted(self.inputs, model)
+        return _fitted(self, model)
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class NextTokenBatch:
 
     def arguments(self, model: nn.Module) -> dict[str, Any]:
         """As of a PairBatch."""
-        return _forward_arguments(self.inputs, model, 1)
+        return _forward_arguments(self, model, 1)
 
     def logprobs(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """As of a PairBatch, from logits [rows, >= 1, V]."""
@@ -377,11 +377,12 @@ def _concatenated(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(padded)
 
 
-def _forward_arguments(
-    inputs: Mapping[str, Tensor], model: nn.Module, n_scored: int
-) -> dict[str, Any]:
+_Batch = PairBatch | NextTokenBatch | PromptBatch
+
+
+def _forward_arguments(batch: _Batch, model: nn.Module, n_scored: int) -> dict[str, Any]:
     accepted = inspect.signature(unwrap(model).forward).parameters
-    arguments: dict[str, Any] = _fitted(inputs, model) | {"use_cache": False}
+    arguments: dict[str, Any] = _fitted(batch, model) | {"use_cache": False}
     if "position_ids" not in accepted:
         arguments.pop("position_ids", None)
     if "logits_to_keep" in accepted:
@@ -389,11 +390,13 @@ def _forward_arguments(
     return arguments
 
 
-def _fitted(inputs: Mapping[str, Tensor], model: nn.Module) -> dict[str, Any]:
+def _fitted(batch: _Batch, model: nn.Module) -> dict[str, Any]:
+    # The first is the longest.
+    check_length(model, batch.inputs["input_ids"].shape[1], f"pair {batch.indices[0]}")
     inner: Any = unwrap(model)
     embedding = inner.get_input_embeddings()
     device, dtype = ids_device(embedding), next(embedding.parameters()).dtype
     return {
         name: value.to(device, dtype if value.is_floating_point() else None)
-        for name, value in inputs.items()
+        for name, value in batch.inputs.items()
     }

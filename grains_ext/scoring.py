@@ -19,8 +19,8 @@ from grains_ext.batching import (
     token_divergences,
     token_logprobs,
 )
-from grains_ext.decoder import ids_device, prompt_lengths, unwrap
-from grains_ext.encoding import TokenIds
+from grains_ext.decoder import check_length, ids_device, prompt_lengths, unwrap
+from grains_ext.encoding import TokenIds, pair_name
 from grains_ext.pair_batches import encode_each, iter_scored_batches
 from grains_ext.pairs import PreferencePair
 
@@ -120,7 +120,8 @@ def continuation_logprobs(
     of a forward. Items with the same input (one-token continuations of one prompt) share it.
     tell_prompts: steering that depends on where a prompt ends is told where each does.
 
-    Raises ValueError where a prompt or continuation has no token.
+    Raises ValueError where a prompt or continuation has no token, or both are longer than the model
+    has positions.
     """
     by_input: dict[tuple[TokenIds, int], list[int]] = {}
     for i, (prompt_ids, continuation_ids) in enumerate(items):
@@ -130,6 +131,9 @@ def continuation_logprobs(
         key = ((*prompt_ids, *continuation_ids[:-1]), len(prompt_ids))
         by_input.setdefault(key, []).append(i)
     inputs = list(by_input)
+    if inputs:
+        widest = max(inputs, key=lambda key: len(key[0]))
+        check_length(model, len(widest[0]), f"item {by_input[widest][0]}")
     device = ids_device(model)
     scores: dict[int, ContinuationScore] = {}
     with frozen(model):
@@ -166,11 +170,15 @@ def pair_logprobs(
     separator: joins prompt and continuation; None is the rule of `encode_pair`.
     max_batch_tokens: bounds rows x padded length of a forward, image tokens included.
 
-    Raises ValueError naming the pair that does not encode.
+    Raises ValueError naming the pair that does not encode, or is longer than the model has
+    positions.
     """
     scores: dict[int, tuple[ContinuationScore, ContinuationScore]] = {}
     texts = {index: pair for index, pair in enumerate(pairs) if not pair.images}
     encoded = dict(encode_each(processor, texts, separator=separator))
+    for index, each in encoded.items():
+        # The last token of a continuation is predicted, never read.
+        check_length(model, len(each) - 1, pair_name(index, pairs[index]))
     sides = continuation_logprobs(
         model,
         [

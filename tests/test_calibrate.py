@@ -428,6 +428,7 @@ def test_wrong_arguments(model: PreTrainedModel, vectors: SteeringVectors) -> No
         (PAIRS, {"strengths": []}, "strengths must be positive"),
         (PAIRS, {"blocks": []}, "no block set"),
         (PAIRS, {"positions": torch.ones(3, dtype=torch.bool)}, "positions by name"),
+        (PAIRS, {"neutral_texts": "the sky is blue"}, "several texts, got one"),
         (PAIRS, {"max_kl": 0.0}, "max_kl must be more than 0"),
         (PAIRS, {"neutral_texts": []}, "neutral texts"),
         (PAIRS, {"blocks": [[9]]}, r"no direction for blocks \[9\]"),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from grains_ext.demo.vision_run import load_vision_model
 from grains_ext.demo.vision_world import vision_pairs
@@ -291,9 +291,25 @@ def test_errors() -> None:
         evaluate(model, TOKENIZER, [*PAIRS, pair], progress=False)
     with pytest.raises(ValueError, match="neutral_texts must be several texts, got one"):
         evaluate(model, TOKENIZER, neutral_texts="the sky is blue", progress=False)
+    sizes = {"vocab_size": VOCAB_SIZE, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_heads": 2}
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration has an encoder"):
+        evaluate(T5ForConditionalGeneration(T5Config(**sizes)), TOKENIZER, PAIRS, progress=False)
     asked = QuestionSet([Question("the sky", ("blue",))], "exact")
     with pytest.raises(ValueError, match="tasks must be named"):
         evaluate(model, TOKENIZER, tasks=asked, progress=False)  # type: ignore[arg-type]
+
+
+def test_what_is_longer_than_the_model_has_positions_is_named() -> None:
+    model, long = tiny_model("gpt2", num_hidden_layers=1), "the sky " * 80
+    pair = PreferencePair(long, "blue", "red", id="long")
+    options: dict[str, Any] = {"generate": False, "progress": False}
+    with pytest.raises(ValueError, match=r"pair 2 \(id 'long'\) has 163 tokens, the model has 128"):
+        evaluate(model, TOKENIZER, [*PAIRS[:2], pair], **options)
+    with pytest.raises(ValueError, match=r"item 1 has \d+ tokens, the model has 128 positions"):
+        evaluate(model, TOKENIZER, neutral_texts=["the sky", long], **options)
+    asked = QuestionSet([Question("the sky", ("blue",)), Question(long, ("blue",))], "exact")
+    with pytest.raises(ValueError, match=r"pair 1 has \d+ tokens"):
+        evaluate(model, TOKENIZER, tasks={"asked": asked}, **options)
 
 
 def test_every_condition_goes_through_what_a_generator_gives() -> None:

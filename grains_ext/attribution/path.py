@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from grains_ext.attribution.rules import BASELINES, special_token, warn_of_zero
-from grains_ext.decoder import DecoderView, unwrap
+from grains_ext.decoder import DecoderView
+from grains_ext.decoder import max_positions as positions_of
 from grains_ext.encoding import TokenIds
 
 
@@ -117,9 +118,7 @@ def _mean_embedding(decoder: DecoderView, vocabulary: int, chunk: int = 8192) ->
 
 def max_positions(decoder: DecoderView) -> int | None:
     """The longest sequence the model was made for, where its configuration says so."""
-    config = getattr(unwrap(decoder.model), "config", None)
-    text_config = config.get_text_config() if config is not None else None
-    return getattr(text_config, "max_position_embeddings", None)
+    return positions_of(decoder.model)
 
 
 def adds_position_embeddings(decoder: DecoderView) -> bool:

@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from grains_ext.decoder import unwrap
 from grains_ext.encoding import encode_continuation
 from grains_ext.evaluation.fluency import TextOutcome, fluency_statistics, read
 from grains_ext.evaluation.generation import generate_answers, says
@@ -324,8 +325,8 @@ def evaluate(
         max_batch_tokens: tokens per model call, padding included.
         progress: show a progress bar.
 
-    Raises ValueError for nothing to evaluate, a condition named "unsteered", or an item that does
-    not encode.
+    Raises ValueError for nothing to evaluate, a condition named "unsteered", a model with an
+    encoder, or an item that does not encode or is longer than the model has positions.
 
         report = evaluate(model, tokenizer, test_pairs, vectors={"ours": ours, "caa": caa})
         print(report)
@@ -380,6 +381,10 @@ def measure(
     on_part: called when the pairs, the generations, each task and the texts are done.
     """
     pairs, tasks, neutral_texts = _listed(pairs, tasks, neutral_texts)
+    if getattr(getattr(unwrap(model), "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(unwrap(model)).__name__} has an encoder: only decoders are measured"
+        )
     if vectors is not None:
         model = _uncompiled(model)
     done = on_part or (lambda: None)

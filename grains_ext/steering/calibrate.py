@@ -142,6 +142,8 @@ def tune(
     if not candidates:
         raise ValueError("blocks: no block set to try")
 
+    if isinstance(neutral_texts, str):
+        raise ValueError("neutral_texts must be several texts, got one: put it in a list")
     view = view_of(model, decoder)
     texts = None if neutral_texts is None else list(neutral_texts)
     log = TrialLog(
