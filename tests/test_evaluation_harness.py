@@ -102,6 +102,10 @@ def test_the_harness_measures_what_evaluate_does(task_folder: Path, tmp_path: Pa
     assert accuracy(results) == expected["steered"]
     unsteered = harness.SteeredLM(**arguments, strength=0.0)
     assert accuracy(lm_eval.simple_evaluate(unsteered, **options)) == expected["unsteered"]
+    # Rows there are padded on the right, with no mask: "generated" would steer nothing at all.
+    by_position = harness.SteeredLM(**arguments, positions="generated")
+    with pytest.raises(ValueError, match="log-likelihood tasks of the harness do not show"):
+        lm_eval.simple_evaluate(by_position, **options)
 
 
 @pytest.mark.slow

@@ -39,7 +39,9 @@ class SteeredLM(HFLM):
 
     pretrained: a folder, a hub id or a loaded model; and every other argument of HFLM.
     vectors: SteeringVectors, or what SteeringVectors.from_pretrained takes.
-    strength: in place of the vectors' own. positions: as of SteeringVectors.apply.
+    strength: in place of the vectors' own. positions: as of SteeringVectors.apply; "prompt",
+        "generated" and "last", and gates that read a prompt, only for tasks that generate, since
+        the harness scores prompt and continuation in one forward and shows no end of the prompt.
 
     ``handle`` is the steering: handle.strength = 0 measures the model without it.
     """
@@ -56,6 +58,18 @@ class SteeredLM(HFLM):
         if not isinstance(vectors, SteeringVectors):
             vectors = SteeringVectors.from_pretrained(vectors)
         self.handle = vectors.apply(self.model, strength, positions=positions)
+        self._reads_prompts = positions in ("prompt", "generated", "last") or (
+            vectors.gate is not None and vectors.gate.when == "prompt"
+        )
+
+    def _loglikelihood_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        if self._reads_prompts:
+            raise ValueError(
+                "this steering asks where a prompt ends, which log-likelihood tasks of the harness "
+                "do not show: positions='all' and no gate that reads prompts, or "
+                "grains_ext.evaluation.evaluate, which tells"
+            )
+        return super()._loglikelihood_tokens(*args, **kwargs)
 
 
 def main() -> None:
