@@ -2,7 +2,6 @@
 // the registry turns into an OrtStatus at the border.
 #pragma once
 
-#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
@@ -24,8 +23,9 @@ constexpr std::size_t kMaxInputs = 7;
 struct OrtFailure {
   Status status;
 };
+[[noreturn]] void fail(Status status);
 inline void check(Status status) {
-  if (status != nullptr) throw OrtFailure{status};
+  if (status != nullptr) fail(status);
 }
 
 // A wrong input, said as "what was given; what was expected".
@@ -49,7 +49,11 @@ struct Shape {
   std::int64_t rows() const { return prefix(rank - 1).count(); }
   Shape prefix(std::size_t length) const { return {dims, length}; }
   bool operator==(const Shape& other) const {
-    return rank == other.rank && std::equal(dims, dims + rank, other.dims);
+    if (rank != other.rank) return false;
+    for (std::size_t i = 0; i < rank; ++i) {  // not std::equal, which calls memcmp for these few
+      if (dims[i] != other.dims[i]) return false;
+    }
+    return true;
   }
   std::string text() const;
 };
@@ -83,28 +87,29 @@ struct OpSpec {
   std::size_t (*may_inplace)(int** inputs, int** outputs);
 };
 
+struct Constant {
+  Tensor tensor;
+  std::int64_t dims[kMaxRank];
+};
+
 // What is known of a node when the session is made: its attributes, and its constant inputs, which
 // need not be asked for at each run. A question to onnxruntime costs about 10 ns; at one row of 512
-// elements that is what the op's time is made of.
+// elements that is what the op's time is made of. What each run reads comes first: with the many
+// nodes of a model none of this is in the first-level cache.
 struct Kernel {
   const Op* op = nullptr;
   float epsilon = 0.0f;
   float weight_offset = 0.0f;
-  std::size_t input_count = 0;
-  std::array<Tensor, kMaxInputs> constants{};  // without data: not a constant
-  std::int64_t dims[kMaxInputs][kMaxRank];     // of the constants
+  std::uint32_t input_count = 0;
+  std::uint32_t constant_inputs = 0;  // bit i: input i is constants[i]
+  std::array<Constant, kMaxInputs> constants;
 
   explicit Kernel(const Op& op) : op(&op) {}
   Kernel(const Kernel&) = delete;  // shapes point into it
   Kernel& operator=(const Kernel&) = delete;
-};
 
-// The sizes of a value, which is input `i` of `op`: in onnxruntime's own memory where it shows us
-// that, otherwise copied to `room`.
-Shape shape_of(const Op& op, const OrtValue* value, std::size_t i, std::int64_t (&room)[kMaxRank]);
-Shape copied_shape_of(const Op& op, const OrtValue* value, std::size_t i,
-                      std::int64_t (&room)[kMaxRank]);
-void* data_of(const Op& op, const OrtValue* value);
+  bool is_constant(std::size_t i) const { return (constant_inputs >> i & 1u) != 0; }
+};
 
 // An OrtCustomOp with what its callbacks need behind it. Lives until the process ends.
 struct Op : OrtCustomOp {
@@ -113,7 +118,29 @@ struct Op : OrtCustomOp {
   DType dtype = DType::kFloat32;
   bool cuda = false;
   bool has_shape_data = false;  // `api` is of kShapeDataApiVersion
+  std::int32_t processors = 1;
 };
+
+// The sizes of a value, which is input `i` of `op`, copied to `room`.
+Shape copied_shape_of(const Op& op, const OrtValue* value, std::size_t i,
+                      std::int64_t (&room)[kMaxRank]);
+
+// The same in onnxruntime's own memory where it shows us that.
+inline Shape shape_of(const Op& op, const OrtValue* value, std::size_t i,
+                      std::int64_t (&room)[kMaxRank]) {
+  if (!op.has_shape_data) return copied_shape_of(op, value, i, room);
+  Shape shape;
+  ElementType type;
+  check(kGetTensorElementTypeAndShapeData(op.api, value, &type, &shape.dims, &shape.rank));
+  return shape;
+}
+
+inline void* data_of(const Op& op, const OrtValue* value) {
+  // The one accessor that every onnxruntime has; inputs are only read through it.
+  void* data = nullptr;
+  check(kGetTensorMutableData(op.api, const_cast<OrtValue*>(value), &data));
+  return data;
+}
 
 class Call {
  public:
@@ -124,16 +151,22 @@ class Call {
   const Kernel& kernel() const { return kernel_; }
   DType dtype() const { return kernel_.op->dtype; }
   bool cuda() const { return kernel_.op->cuda; }
-  bool has(std::size_t i) const { return value(i) != nullptr; }
-  Tensor input(std::size_t i);
-  void* output(std::size_t i, const Shape& shape) const;
+  bool has(std::size_t i) const { return kernel_.is_constant(i) || value(i) != nullptr; }
+  Tensor input(std::size_t i) {
+    if (kernel_.is_constant(i)) return kernel_.constants[i].tensor;
+    const Op& op = *kernel_.op;
+    const OrtValue* value = this->value(i);
+    if (value == nullptr) missing(i);
+    return {op.spec->inputs[i].name, shape_of(op, value, i, dims_[i]), data_of(op, value)};
+  }
+  void* output(std::size_t i, Shape shape) const;
   void* stream() const;
 
   // Runs a CPU launcher on the session's thread pool.
   template <typename Args>
   void run_on_cpu(void (*launcher)(const Args&, const Parallel&), const Args& args) const {
     ThreadPool pool{kernel_.op->api, context_, nullptr};
-    launcher(args, {&ThreadPool::run, &pool, processors()});
+    launcher(args, {&ThreadPool::run, &pool, kernel_.op->processors});
     check(pool.status);
   }
 
@@ -144,8 +177,14 @@ class Call {
     Status status;
     static void run(void* self, std::int64_t chunks, Parallel::Body body, void* context);
   };
-  static std::int32_t processors();
-  const OrtValue* value(std::size_t i) const;
+  [[noreturn]] void missing(std::size_t i) const;
+  const OrtValue* value(std::size_t i) const {
+    // Trailing optional inputs that the node does not name are not counted.
+    if (i >= kernel_.input_count) return nullptr;
+    const OrtValue* value = nullptr;
+    check(kKernelContextGetInput(kernel_.op->api, context_, i, &value));
+    return value;
+  }
 
   const Kernel& kernel_;
   OrtKernelContext* context_;

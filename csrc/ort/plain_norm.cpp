@@ -48,15 +48,6 @@ void norm_range(const SkipNormArgs& args, std::int64_t begin, std::int64_t end) 
 
 }  // namespace
 
-bool has_plain_norm(const SkipNormArgs& args) {
-  return args.dtype == DType::kFloat32 && args.weight_offset == 0.0f;
-}
-
-bool is_unsteered(const SteeringArgs& steering, std::int64_t entry) {
-  const std::int64_t member = steering.index == nullptr ? 0 : steering.index[entry];
-  return member < 0 || steering.strength[member * steering.strength_stride] == 0.0f;
-}
-
 void plain_skip_rms_norm(const SkipNormArgs& args, const Parallel& parallel) {
   const std::int64_t bytes = args.rows * args.dim * 4 * static_cast<std::int64_t>(sizeof(float));
   const std::int64_t chunks =

@@ -11,6 +11,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <thread>
 
 #include "abi.h"
 #include "call.h"
@@ -73,15 +74,19 @@ float float_attribute(const OrtApi* api, const OrtKernelInfo* info, const char* 
 }
 
 void read_constants(const Op& op, const OrtKernelInfo* info, Kernel* kernel) {
-  check(kKernelInfoGetInputCount(op.api, info, &kernel->input_count));
-  const std::size_t count = std::min(kernel->input_count, op.spec->input_count);
+  std::size_t count = 0;
+  check(kKernelInfoGetInputCount(op.api, info, &count));
+  count = std::min(count, op.spec->input_count);
+  kernel->input_count = static_cast<std::uint32_t>(count);
   for (std::size_t i = 0; i < count; ++i) {
     int is_constant = 0;
     const OrtValue* value = nullptr;
     check(kKernelInfoGetConstantInput(op.api, info, i, &is_constant, &value));
     if (is_constant == 0 || value == nullptr) continue;
-    kernel->constants[i] = {op.spec->inputs[i].name, copied_shape_of(op, value, i, kernel->dims[i]),
-                            data_of(op, value)};
+    Constant& constant = kernel->constants[i];
+    const Shape shape = copied_shape_of(op, value, i, constant.dims);
+    constant.tensor = {op.spec->inputs[i].name, shape, data_of(op, value)};
+    kernel->constant_inputs |= 1u << i;
   }
 }
 
@@ -207,7 +212,10 @@ struct Runtime {
 };
 
 Op make_op(const OpSpec& spec, const Runtime& runtime, DType dtype, bool cuda) {
+  // onnxruntime does not tell the size of its pool; spare chunks cost next to nothing.
+  const auto processors = static_cast<std::int32_t>(std::thread::hardware_concurrency());
   Op op;
+  op.processors = std::max(processors, 1);
   op.spec = &spec;
   op.api = runtime.api;
   op.has_shape_data = runtime.has_shape_data;
