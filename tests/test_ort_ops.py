@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from grains_ext.export import runtime
 from grains_ext.export.functions import add_functions
@@ -159,6 +162,72 @@ def test_no_rows(op_type: str, size: dict[str, int]) -> None:
         assert got.shape == want.shape
 
 
+@pytest.mark.parametrize("op_type", STEERING_OPS)
+def test_a_row_without_a_batch(op_type: str) -> None:
+    feeds = {
+        name: value[0, 0] if value.dim() == 3 else value
+        for name, value in random_feeds(op_type, 16, bank=3).items()
+    }
+    for member in (-1, 0, 2):
+        feeds["index"] = torch.tensor(member, dtype=torch.int32)
+        assert_close(
+            run(kernel_session(op_type, feeds), feeds), expected(op_type, feeds), torch.float32
+        )
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 0), (2**40, 0, 8), (2**40, 2**20, 0)], ids=str)
+def test_no_elements(shape: tuple[int, ...]) -> None:
+    """Of a size that could not be had in memory, were one of its dimensions not 0."""
+    for op_type in STEERING_OPS:
+        feeds = random_feeds(op_type, shape[-1])
+        feeds |= {name: torch.empty(shape) for name in ("hidden", "x", "skip") if name in feeds}
+        for output in run(kernel_session(op_type, feeds), feeds):
+            assert output.shape == shape
+
+
+def test_no_steps() -> None:
+    feeds = random_feeds("IgInterpolate", 8) | {"alphas": torch.empty(0)}
+    assert run(kernel_session("IgInterpolate", feeds), feeds)[0].shape == (0, 2, 3, 8)
+    feeds = random_feeds("IgAccumulate", 8)
+    feeds |= {"grads": torch.empty(0, 2, 3, 8), "weights": torch.empty(0)}
+    assert torch.equal(run(kernel_session("IgAccumulate", feeds), feeds)[0], torch.zeros(2, 3))
+    feeds = random_feeds("IgAccumulate", 0)
+    assert torch.equal(run(kernel_session("IgAccumulate", feeds), feeds)[0], torch.zeros(2, 3))
+
+
+def test_an_index_after_a_bias_that_is_not_there() -> None:
+    feeds = random_feeds("SkipSteerLayerNorm", 16, bank=2)
+    del feeds["bias"]
+    names = ["x", "skip", "vectors", "strength", "weight", "", "index"]
+    assert_close(
+        run(kernel_session("SkipSteerLayerNorm", names), feeds),
+        expected("SkipSteerLayerNorm", feeds),
+        torch.float32,
+    )
+
+
+@pytest.mark.parametrize("op_type", STEERING_OPS)
+def test_constant_inputs(op_type: str) -> None:
+    """They are read when the session is made, and checked when the rows are known."""
+    feeds = random_feeds(op_type, 16, bank=2)
+    model = node_model(op_type, list(feeds), functions=False)
+    constant = [name for name in feeds if name not in ("hidden", "x")]
+    for name in constant:
+        model.graph.initializer.append(numpy_helper.from_array(feeds[name].numpy(), name))
+    free = [value for value in model.graph.input if value.name not in constant]
+    del model.graph.input[:]
+    model.graph.input.extend(free)
+    session = cpu_session(model)
+    [rows] = [value.name for value in free]
+    for given_rows in (feeds[rows], feeds[rows] * 2):
+        given_feeds = {**feeds, rows: given_rows}
+        assert_close(
+            run(session, {rows: given_rows}), expected(op_type, given_feeds), torch.float32
+        )
+    with pytest.raises(Exception, match=rf"grains\.{op_type}: input `\w+` has shape"):
+        run(session, {rows: torch.ones(2, 3, 17)})
+
+
 def test_interpolation_ends_are_exact() -> None:
     feeds = random_feeds("IgInterpolate", 33)
     feeds["alphas"] = torch.tensor([0.0, 1.0])
@@ -235,6 +304,44 @@ def test_wrong_inputs_are_named(
 def test_wrong_attributes_are_named(epsilon: float, message: str) -> None:
     with pytest.raises(Exception, match=f"grains.Steer: attribute `epsilon`.*{message}"):
         kernel_session("Steer", ("hidden", "vectors", "strength"), attributes={"epsilon": epsilon})
+
+
+# --- instruction sets -----------------------------------------------------------------------------
+
+
+def _session_of_a_copy(model: Any, folder: Path, isa: str | None) -> Any:
+    """Of a library that nobody asked for an instruction set yet, and then for ``isa``."""
+    path = folder / f"{isa}.so"
+    shutil.copy(runtime.ort_library_path(), path)
+    if isa and not ctypes.CDLL(str(path)).grains_set_cpu_isa(isa.encode()):
+        pytest.skip(f"this processor has no {isa}")
+    options = session_options()
+    options.register_custom_ops_library(str(path))
+    return cpu_session(model, library=False, options=options)
+
+
+@pytest.mark.parametrize("op_type", STEERING_OPS)
+def test_one_row_does_not_slow_its_neighbours_down(
+    op_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The widest registers lower the clock of what runs next: a row by itself takes narrower."""
+    monkeypatch.delenv("GRAINS_CPU_ISA", raising=False)
+    model = node_model(op_type, list(random_feeds(op_type, 8)), functions=False)
+    wide, narrow, own = (
+        _session_of_a_copy(model, tmp_path, isa) for isa in ("avx512", "avx2", None)
+    )
+    differ = False
+    for seed in range(8):
+        one = random_feeds(op_type, 640, batch=1, tokens=1, seed=seed)
+        assert _bits(own, one) == _bits(narrow, one)
+        differ |= _bits(narrow, one) != _bits(wide, one)
+        many = random_feeds(op_type, 640, seed=seed)
+        assert _bits(own, many) == _bits(wide, many)
+    assert differ
+
+
+def _bits(session: Any, feeds: dict[str, torch.Tensor]) -> list[bytes]:
+    return [output.numpy().tobytes() for output in run(session, feeds)]
 
 
 # --- shape inference, in-place memory -------------------------------------------------------------

@@ -14,8 +14,9 @@ bool isa_supported(Isa isa);
 const char* isa_name(Isa isa);
 
 // The set the launchers use now: best_isa() unless GRAINS_CPU_ISA=generic|avx2|avx512|neon was in
-// the environment at the first use, or set_isa was called (tests). set_isa returns false, and
-// changes nothing, where the processor lacks the set.
+// the environment at the first use, or set_isa was called (tests); for a single float32 row, where
+// neither was, AVX2 and not AVX-512. set_isa returns false, and changes nothing, where the
+// processor lacks the set.
 Isa current_isa();
 bool set_isa(Isa isa);
 
