@@ -3,6 +3,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -13,6 +14,7 @@ from grains_ext.decoder import DecoderView
 from grains_ext.encoding import encode_pair, encode_prompt
 from grains_ext.evaluation import measure
 from grains_ext.pairs import PreferencePair
+from grains_ext.progress import progress_bar
 from grains_ext.scoring import (
     continuation_logprobs,
     pair_margins,
@@ -20,7 +22,7 @@ from grains_ext.scoring import (
     text_divergences,
 )
 from grains_ext.steering import STRENGTHS, Gate, SteeringVectors, tune
-from grains_ext.steering.calibrate import neighbour_sets
+from grains_ext.steering.calibrate import _search, neighbour_sets
 from grains_ext.steering.positions import Named
 from grains_ext.steering.trials import TrialLog
 from tests.models import HIDDEN_SIZE, N_BLOCKS, tiny_model, tiny_tokenizer
@@ -351,6 +353,24 @@ def test_images(vectors: SteeringVectors) -> None:
     with best.applied(model):
         margins = pair_margins(model, processor, image_pairs(processor))
     assert chosen["mean_margin"] == pytest.approx(fmean(m.total for m in margins), abs=1e-4)
+
+
+def test_gentler_settings_that_cost_more_are_no_choice() -> None:
+    class Meter:
+        rounds = SimpleNamespace(ends=[16, 32, 64])
+
+        def within(self, setting: Any) -> bool:
+            return setting.strength in (0.45, 1.0)
+
+        def margins(self, setting: Any, number: int) -> None: ...
+
+        def rank(self, setting: Any) -> tuple[float, float]:
+            return -setting.strength, 0.0
+
+    grid = [0.05, 0.1, 0.2, 0.3, 0.4, 0.45, 0.5, 0.7, 1.0, 2.0]
+    with progress_bar(False) as bar:
+        best = _search(Meter(), [(0,), (1,), (2,)], grid, bar)  # type: ignore[arg-type]
+    assert best.strength == 1.0
 
 
 def test_prints_the_frontier(

@@ -388,9 +388,12 @@ def _search(
     """The best setting of the grid within the limits."""
     task = bar.add_task("fluency", total=len(candidates))
     settings: list[_Setting] = []
+    strongest: list[_Setting] = []
     for blocks in candidates:
         row = [_Setting(blocks, strength) for strength in grid]
-        settings += row[: _n_within(meter, row)]
+        within = row[: _n_within(meter, row)]
+        settings += within
+        strongest += within[-1:]
         bar.advance(task)
     if not settings:
         limit = f"the perplexity within {meter.max_ratio} times the unsteered one"
@@ -410,7 +413,8 @@ def _search(
         if n_pairs < meter.rounds.ends[-1]:
             kept = max(_FINALISTS, math.ceil(len(settings) / 2))
             if number == len(meter.rounds.ends) - 2:
-                settings = _first_within(meter, settings, _FINALISTS)
+                # None where what is left is gentler than what was measured, and yet worse.
+                settings = _first_within(meter, settings, _FINALISTS) or strongest
             else:
                 settings = settings[:kept]
     return _first_within(meter, settings, 1)[0]
