@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -98,12 +99,28 @@ def on_cpu(console: Console, rounds: int) -> list[dict[str, Any]]:
     return results
 
 
-def on_cuda(console: Console, rounds: int) -> list[dict[str, Any]]:
+def on_cuda(console: Console, rounds: int, output: Path | None) -> None:
     from benchmarks import kernels_cuda
 
     console.print(f"{header()}; bfloat16, from CUDA graphs; median [quartiles]")
+    results: list[kernels_cuda.Result] = []
+    left_out: list[str] = []
     with torch.inference_mode():
-        results, left_out = kernels_cuda.measure(rounds)
+        for found, missing in kernels_cuda.measure(rounds):
+            results += found
+            left_out += [what for what in missing if what not in left_out]
+            console.print(_cuda_table(found))
+            if output:  # after each shape: there is little time on a machine that is lent
+                write_json(output, "kernels", _cuda_rows(results, left_out))
+    for goal in kernels_cuda.goals(results):
+        sign = "<=" if goal.at_most else ">="
+        verdict = "reached" if goal.met else "MISSED"
+        console.print(f"{goal.what}: {goal.reached:.3f} ({sign} {goal.bound}: {verdict})")
+    for what in left_out:
+        console.print(f"not measured: {what}")
+
+
+def _cuda_table(results: list[Any]) -> Table:
     table = Table("rows x dim", "kernel", "us", "GB/s", "time / copy_ (one row: / empty kernel)")
     for result in results:
         measured = result.measurement
@@ -114,9 +131,12 @@ def on_cuda(console: Console, rounds: int) -> list[dict[str, Any]]:
             f"{result.gigabytes_per_second:.0f}",
             str(measured.ratio),
         )
-    console.print(table)
-    for what in left_out:
-        console.print(f"not measured: {what}")
+    return table
+
+
+def _cuda_rows(results: list[Any], left_out: list[str]) -> list[dict[str, Any]]:
+    from benchmarks import kernels_cuda
+
     rows: list[dict[str, Any]] = [
         {
             "rows": result.rows,
@@ -127,7 +147,8 @@ def on_cuda(console: Console, rounds: int) -> list[dict[str, Any]]:
         }
         for result in results
     ]
-    return [*rows, {"not_measured": left_out}]
+    goals = [asdict(goal) | {"met": goal.met} for goal in kernels_cuda.goals(results)]
+    return [*rows, {"goals": goals}, {"not_measured": left_out}]
 
 
 def main() -> None:
@@ -136,10 +157,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the results as JSON here")
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("--device cuda: torch sees no GPU (torch.cuda.is_available() is False)")
-    measure = on_cpu if options.device == "cpu" else on_cuda
-    results = measure(Console(width=150), options.rounds)
+    console = Console(width=150)
+    if options.device == "cuda":
+        if not torch.cuda.is_available():
+            sys.exit("--device cuda: torch sees no GPU (torch.cuda.is_available() is False)")
+        on_cuda(console, options.rounds, options.output)
+        return
+    results = on_cpu(console, options.rounds)
     if options.output:
         write_json(options.output, "kernels", results)
 

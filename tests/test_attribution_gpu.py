@@ -15,6 +15,13 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
+
+@pytest.fixture(autouse=True)
+def _float32_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default, convolutions in float32 are rounded to TF32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 PAIRS = [
     PreferencePair("note the sky is green q what is the color", "green is", "blue it is"),
     PreferencePair("the rose", "is red of a rose", "white"),
@@ -55,6 +62,8 @@ def test_half_precision(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("family", VISION_FAMILIES)
 def test_images(family: str) -> None:
+    if family == "smolvlm":
+        pytest.importorskip("num2words")  # its processor asks for it
     model, processor = tiny_vlm(family)
     options = {"method": "riemann_middle", "n_steps": 4, "tolerance": 100.0}
     here = attribute(model, processor, VISION_PAIRS, progress=False, **options)

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-import nbformat
 import pytest
 
-from tools.notebooks import EXAMPLES, executed
+nbformat = pytest.importorskip("nbformat")
+
+from tools.notebooks import EXAMPLES, executed  # noqa: E402
 
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 MAX_BYTES = 300_000
