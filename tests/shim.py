@@ -241,6 +241,10 @@ class Shim:
     def set_multiprocessors(self, count: int) -> None:
         self._library.set_multiprocessors(count)
 
+    def was_programmatic(self) -> bool:
+        """Whether the last launch could start before the kernel ahead of it had finished."""
+        return bool(self._library.was_programmatic())
+
     @contextmanager
     def staying(self, choice: str) -> Iterator[None]:
         """Whether blocks stay for many rows: "auto", "never" or "always"."""

@@ -317,12 +317,17 @@ def test_blocks_that_stay_agree_with_reference(shim: Shim, op: str, dtype: str) 
                 shim.set_multiprocessors(132)
 
 
-def test_devices_without_programmatic_launch(shim: Shim) -> None:
-    case = steering_case(STEER, 512, "float16", "aligned", Draw("old device", "float16"))
-    wanted = case.run(shim)
-    shim.set_compute_capability(75)  # where the shim refuses a launch with that attribute
+@pytest.mark.parametrize("op", [STEER, RMS, "ig_interpolate", "ig_accumulate"])
+def test_programmatic_launch_where_the_code_of_the_device_waits(shim: Shim, op: str) -> None:
+    """The shim is compiled for 7.5, 8.0 and 9.0: a device of 10.0 may run what lacks the wait."""
+    names = {c.op: c for c in shim_cases.cases()}
+    wanted = names[op].run(shim)
+    assert shim.was_programmatic()
     try:
-        np.testing.assert_array_equal(case.run(shim)[0], wanted[0])
+        for capability in (75, 89, 100, 120):
+            shim.set_compute_capability(capability)
+            np.testing.assert_array_equal(names[op].run(shim)[0], wanted[0])
+            assert not shim.was_programmatic()
     finally:
         shim.set_compute_capability(90)
 

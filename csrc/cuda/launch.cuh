@@ -48,12 +48,22 @@ inline cudaError_t device_attribute(cudaDeviceAttr attribute, int* value) {
   return error == cudaSuccess ? cudaDeviceGetAttribute(value, attribute, device) : error;
 }
 
-// 10 * major + minor of the current device.
+// Whether a device runs what was compiled for its own major version, whatever else there is.
+constexpr bool compiled_for(std::int32_t capability) {
+  for (const int architecture : {__CUDA_ARCH_LIST__}) {  // 100 * major + 10 * minor
+    if (architecture / 100 == capability / 10 && architecture / 10 <= capability) return true;
+  }
+  return false;
+}
+
+// 10 * major + minor of the current device; 0 where it runs what was compiled for an older one, and
+// may lack what its own has (the wait of a programmatic launch).
 inline cudaError_t compute_capability(std::int32_t* capability) {
   int major = 0, minor = 0;
   cudaError_t error = device_attribute(cudaDevAttrComputeCapabilityMajor, &major);
   if (error == cudaSuccess) error = device_attribute(cudaDevAttrComputeCapabilityMinor, &minor);
-  *capability = 10 * major + minor;
+  const std::int32_t found = 10 * major + minor;
+  *capability = compiled_for(found) ? found : 0;
   return error;
 }
 

@@ -58,3 +58,4 @@ GRAINS_TEST_API void set_compute_capability(int capability) {
 }
 GRAINS_TEST_API void set_multiprocessors(int count) { cuda_shim::set_multiprocessors(count); }
 GRAINS_TEST_API void set_max_grid(unsigned blocks) { cuda_shim::set_max_grid(blocks); }
+GRAINS_TEST_API int was_programmatic() { return cuda_shim::was_programmatic() ? 1 : 0; }

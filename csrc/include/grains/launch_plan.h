@@ -1,6 +1,7 @@
 // Every number of a CUDA launch, chosen on the host by pure functions that need no GPU. `rows`,
-// `dim`, `steps` > 0. compute_capability is 10 * major + minor. `aligned`: every base pointer and
-// row stride is a multiple of 16 bytes.
+// `dim`, `steps` > 0. compute_capability is 10 * major + minor, or 0 where the device runs what was
+// compiled for an older one. `aligned`: every base pointer and row stride is a multiple of 16
+// bytes.
 #pragma once
 
 #include <cstdint>

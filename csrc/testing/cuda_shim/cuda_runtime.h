@@ -16,6 +16,7 @@
 #define __host__
 #define __launch_bounds__(...)
 #define __shared__ static  // blocks run one after another
+#define __CUDA_ARCH_LIST__ 750, 800, 900
 
 enum cudaError_t {
   cudaSuccess = 0,
@@ -72,6 +73,8 @@ void set_compute_capability(int capability);
 void set_multiprocessors(int count);
 // At most this many blocks along x, to see a grid that is smaller than its work; 0: no limit.
 void set_max_grid(unsigned blocks);
+// Whether the last launch could start before the kernel ahead of it had finished.
+bool was_programmatic();
 const char* failure();
 
 }  // namespace cuda_shim

@@ -43,6 +43,7 @@ std::string message;
 int capability = 90;
 int multiprocessors = 132;
 unsigned max_grid = 0;
+bool programmatic = false;
 
 unsigned char* stack_of(unsigned index) {
   static unsigned char* const stacks =
@@ -203,6 +204,7 @@ cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& t
     return cudaErrorInvalidConfiguration;
   }
   message.clear();
+  programmatic = config.numAttrs > 0;
   kernel = &thread;
   fibers.resize(threads);
   blockDim = config.blockDim;
@@ -221,6 +223,7 @@ cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& t
 void set_compute_capability(int value) { capability = value; }
 void set_multiprocessors(int count) { multiprocessors = count; }
 void set_max_grid(unsigned blocks) { max_grid = blocks; }
+bool was_programmatic() { return programmatic; }
 const char* failure() { return message.c_str(); }
 
 }  // namespace cuda_shim
