@@ -28,6 +28,7 @@ CXX_FILES := $(shell find csrc examples -name '*.h' -o -name '*.cpp' -o -name '*
 
 .PHONY: help setup demo test test-gpu lint format docs notebooks bench bench-check sdist wheel smoke clean
 .DELETE_ON_ERROR:
+lint test: export CMAKE_ARGS := -DGRAINS_WERROR=ON $(CMAKE_ARGS)
 
 help:
 	@echo "make setup | demo | test | test-gpu | lint | format | docs | notebooks | bench | bench-check | sdist | wheel | clean"

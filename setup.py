@@ -45,6 +45,9 @@ class CMakeBuild(build_ext):  # type: ignore[misc]
         # One folder of our own, not pip's temporary one: a rebuild then compiles what changed.
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
+        cache = build / "CMakeCache.txt"
+        if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text():
+            cache.unlink()  # of the tree that this one was copied from
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
             f"-DGRAINS_OUTPUT_DIR={build / PACKAGE}",
