@@ -51,6 +51,13 @@ def test_save_replaces_older_vectors(tmp_path: Path) -> None:
     assert SteeringVectors.from_pretrained(str(tmp_path)).blocks == [3]
 
 
+def test_saved_vectors_can_be_read_by_whoever_may_read_new_files(tmp_path: Path) -> None:
+    make(0, 1).save_pretrained(tmp_path / "saved")
+    (tmp_path / "new").touch()
+    modes = {path.stat().st_mode for path in (tmp_path / "saved").iterdir()}
+    assert modes == {(tmp_path / "new").stat().st_mode}
+
+
 def test_failed_save_keeps_older_vectors(tmp_path: Path) -> None:
     make(0).save_pretrained(tmp_path)
     for unjson in (object(), float("nan")):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,6 +79,8 @@ def save(vectors: "SteeringVectors", folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
         save_file(tensors, Path(scratch, WEIGHTS_NAME), metadata={"format": "pt"})
         Path(scratch, CONFIG_NAME).write_text(text, encoding="utf-8")
+        # safetensors makes files for their owner alone, and vectors are there to be served.
+        shutil.copymode(Path(scratch, CONFIG_NAME), Path(scratch, WEIGHTS_NAME))
         for name in (WEIGHTS_NAME, CONFIG_NAME):
             os.replace(Path(scratch, name), folder / name)
 
