@@ -206,6 +206,10 @@ def test_vectors_of_another_model() -> None:
         SteeringVectors({0: torch.ones(7)}).apply(model)
     with pytest.raises(ValueError, match=r"blocks \[9\] do not exist"):
         SteeringVectors({9: torch.ones(HIDDEN_SIZE)}).apply(model)
+    for strength in (float("nan"), 1e39):  # infinite in float32
+        with pytest.raises(ValueError, match="must be finite in float32"):
+            SteeringVectors({0: torch.ones(HIDDEN_SIZE)}).apply(model, strength)
+    assert not model.model.layers[0]._forward_hooks
 
 
 @torch.no_grad()

@@ -109,6 +109,21 @@ def test_what_the_template_writes_is_left_out() -> None:
     assert with_template == list(range(len(prompt.ids.prompt_ids)))
 
 
+def test_a_turn_that_says_nothing() -> None:
+    """As one that calls a tool."""
+    template = TEMPLATE.replace("m.content |", "(m.content or '') |")
+    tokenizer = tiny_tokenizer(chat_template=template)
+    turns = [("user", "study says blue"), ("assistant", None), ("user", "what color is the sky")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    prompt = prompt_of(tokenizer, messages)
+    content = candidates(tokenizer, prompt, FitSettings())
+    assert said(tokenizer, prompt, content) == "study sayswhat color is the sky"
+    pairs = [prompt.pair] * 10
+    assert frame_of(tokenizer, pairs, FitSettings()) == set(
+        tokenizer("study says blue what color is the sky", add_special_tokens=False).input_ids
+    )
+
+
 def test_a_template_that_puts_the_system_prompt_into_the_first_turn() -> None:
     tokenizer = tiny_tokenizer(
         chat_template=(  # as Gemma's does

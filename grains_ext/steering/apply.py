@@ -1,7 +1,6 @@
 """Steering a live model: forward hooks on its decoder blocks, and the handle that controls them."""
 
 import inspect
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -402,8 +401,9 @@ def _check_batch(rows: Tensor, batch: int) -> None:
 
 
 def _check_finite(strengths: Iterable[float]) -> None:
-    if bad := [value for value in strengths if not math.isfinite(value)]:
-        raise ValueError(f"strengths must be finite, got {bad}")
+    largest = torch.finfo(torch.float32).max
+    if bad := [value for value in strengths if not abs(value) <= largest]:
+        raise ValueError(f"strengths must be finite in float32, got {bad}")
 
 
 def _home(block: nn.Module, model: nn.Module) -> Home | None:

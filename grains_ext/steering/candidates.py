@@ -79,7 +79,8 @@ def frame_of(processor: Any, pairs: Sequence[PreferencePair], settings: FitSetti
 def _texts(content: Any) -> list[str]:
     if isinstance(content, str):
         return [content]
-    return [part["text"] for part in content if isinstance(part.get("text"), str)]
+    # None: a turn that calls a tool and says nothing.
+    return [part["text"] for part in content or () if isinstance(part.get("text"), str)]
 
 
 def special_ids(processor: Any) -> frozenset[int]:
@@ -183,6 +184,8 @@ def _marked(content: Any, contents: list[str]) -> Any:
         contents.append(text)
         return _MARK.format(len(contents) - 1)
 
+    if content is None:
+        return None
     if isinstance(content, str):
         return mark(content)
     return [
