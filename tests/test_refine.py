@@ -168,6 +168,16 @@ def test_stops_when_dev_pairs_no_longer_improve(model: PreTrainedModel) -> None:
         assert torch.allclose(refined.directions[block], start.directions[block], atol=1e-5)
 
 
+def test_a_rate_that_falls_takes_half_of_the_last_of_two_steps(model: PreTrainedModel) -> None:
+    def directions(**options: Any) -> torch.Tensor:
+        return run(model, drawn((1,)), growth=100.0, drift_weight=1.0, **options).directions[1]
+
+    first = directions(steps=1, decay="linear")
+    assert torch.equal(first, directions(steps=1, decay="none"))
+    falls, stays = (directions(steps=2, decay=decay) - first for decay in ("linear", "none"))
+    torch.testing.assert_close(falls, stays / 2, rtol=1e-3, atol=1e-4)
+
+
 def test_seed_decides_the_draws(model: PreTrainedModel) -> None:
     options = {"pairs_per_step": 3, "max_batch_tokens": 40, "steps": 3}
     first, again, other = (run(model, drawn(), seed=seed, **options) for seed in (0, 0, 1))
@@ -282,6 +292,7 @@ def test_wrong_arguments(model: PreTrainedModel) -> None:
         (vectors, {"patience": 0}, "patience must be"),
         (vectors, {"learning_rate": 0.0}, "learning_rate must be a number, more than 0"),
         (vectors, {"drift_weight": -1}, "drift_weight must be a number, 0 or more"),
+        (vectors, {"decay": "cosine"}, 'decay must be "linear" or "none"'),
         (vectors, {"length": "short"}, '"at_most" or "fixed"|"fixed" or "at_most"'),
         (vectors, {"neutral_texts": []}, "neutral texts"),
     ):

@@ -39,6 +39,7 @@ class RefineSettings:
     steps: optimiser steps, at most.
     learning_rate: how far Adam moves a direction in a step, in lengths of the direction as it was.
         So the same default serves models of all sizes and scales.
+    decay: "linear", the rate falls from there towards zero, step by step; "none", it stays.
     beta: of the loss, see `refine`.
     drift_weight: nats of loss per nat of drift; 0 leaves the neutral texts out.
     length: "at_most", no direction becomes longer than ``growth`` times what it is; "fixed", none
@@ -56,6 +57,7 @@ class RefineSettings:
 
     steps: int = 40
     learning_rate: float = 0.4
+    decay: str = "none"
     beta: float = 1.0
     drift_weight: float = 30.0
     length: str = "at_most"
@@ -86,6 +88,8 @@ class RefineSettings:
                 raise ValueError(f"{name} must be a number, {least}, got {value!r}")
         if self.length not in ("fixed", "at_most"):
             raise ValueError(f'length must be "fixed" or "at_most", got {self.length!r}')
+        if self.decay not in ("linear", "none"):
+            raise ValueError(f'decay must be "linear" or "none", got {self.decay!r}')
 
 
 def refine(
@@ -201,6 +205,10 @@ class _Run:
             lr=settings.learning_rate / math.sqrt(vectors.hidden_size),
             betas=(0.9, 0.98),
         )
+        falling = settings.decay == "linear"
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda done: max(0.0, 1 - done / settings.steps) if falling else 1.0
+        )
         rng = random.Random(settings.seed)
         self.draw = _in_turn(list(batches), settings.pairs_per_step, rng)
         self.neutral_draw = _shuffled(list(range(len(neutral) if neutral else 0)), rng)
@@ -276,6 +284,7 @@ class _Run:
                 f"{drift:.3g}): take a smaller strength, or load the model in float32 or bfloat16"
             )
         self.optimizer.step()
+        self.schedule.step()
         fixed = self.settings.length == "fixed"
         longest = 1.0 if fixed else self.settings.growth
         for unit in self.units.values():
