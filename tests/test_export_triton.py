@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
 from grains_ext import export
-from tests.exports import exported_llama
+from tests.exports import exported_llama, exported_vlm
 
 Field = descriptor_pb2.FieldDescriptorProto
 
@@ -22,7 +23,9 @@ def _config_class() -> Any:
     """model_config.proto of triton-inference-server/common, as far as it is used."""
     file = descriptor_pb2.FileDescriptorProto(name="model_config.proto", package="inference")
     types = file.enum_type.add(name="DataType")
-    for number, name in enumerate(("TYPE_INVALID", "TYPE_INT64", "TYPE_FP16", "TYPE_FP32")):
+    for number, name in enumerate(
+        ("TYPE_INVALID", "TYPE_INT64", "TYPE_FP16", "TYPE_FP32", "TYPE_BOOL")
+    ):
         types.value.add(name=name, number=number)
     tensor = file.message_type.add(name="Tensor")
     tensor.field.add(name="name", number=1, type=Field.TYPE_STRING, label=Field.LABEL_OPTIONAL)
@@ -70,13 +73,18 @@ def test_the_configuration_names_library_and_tensors(tmp_path: Path) -> None:
     )
     [library] = config.model_operations.op_library_filename
     assert library == str(folder / "1" / "libgrains_ort.so")
+    served(folder)
 
-    # What Triton's backend does with it: the session, and its inputs by name, type and rank.
+
+def served(folder: Path) -> onnxruntime.InferenceSession:
+    """What Triton's backend does with a model: the session, its tensors by name, type and rank."""
+    config = read_config(folder)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.register_custom_ops_library(library)
+    for library in config.model_operations.op_library_filename:
+        options.register_custom_ops_library(library)
     session = onnxruntime.InferenceSession(str(folder / "1" / "model.onnx"), options)
-    types = {"tensor(int64)": 1, "tensor(float16)": 2, "tensor(float)": 3}
+    types = {"tensor(int64)": 1, "tensor(float16)": 2, "tensor(float)": 3, "tensor(bool)": 4}
     for given, found in (
         (config.input, session.get_inputs()),
         (config.output, session.get_outputs()),
@@ -85,6 +93,52 @@ def test_the_configuration_names_library_and_tensors(tmp_path: Path) -> None:
             (v.name, types[v.type], [d if isinstance(d, int) else -1 for d in v.shape])
             for v in found
         ]
+    return session
+
+
+def test_a_model_that_reads_images_is_three_models(tmp_path: Path) -> None:
+    exported = exported_vlm("llava")
+    folder = export.write_triton(exported.folder, tmp_path, name="vlm")
+    names = ("vlm", "vlm_embedding", "vlm_vision")
+    assert sorted(path.name for path in tmp_path.iterdir()) == list(names)
+    decoder, embedding, vision = (served(tmp_path / name) for name in names)
+    assert [read_config(tmp_path / name).name for name in names] == list(names)
+    assert not read_config(tmp_path / "vlm_vision").HasField("model_operations")
+
+    # Outputs go on by their names, as the folder's README says.
+    readme = (folder / "README.md").read_text()
+    pixels = np.zeros((1, 3, 16, 16), np.float32)
+    fed = {"pixel_values": pixels, "input_ids": np.array([[1, 20, 30]])}
+    fed["attention_mask"], fed["position_ids"] = np.ones((1, 3), np.int64), np.arange(3)[None]
+    for value in decoder.get_inputs():
+        if value.name.startswith("past_key_values."):
+            fed[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+    for session in (vision, embedding, decoder):
+        inputs = {value.name: fed[value.name] for value in session.get_inputs()}
+        names_out = [value.name for value in session.get_outputs()]
+        fed |= dict(zip(names_out, session.run(names_out, inputs), strict=True))
+        for name in (*inputs, *names_out):
+            assert f"`{re.sub('[.].*', '.*', name)}`" in readme
+    assert fed["logits"].shape[:2] == (1, 3)
+
+
+def test_three_models_appear_together_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = exported_vlm("llava").folder
+    (tmp_path / "vlm_vision").mkdir()
+    (tmp_path / "vlm_vision" / "other").touch()
+    with pytest.raises(FileExistsError, match="vlm_vision"):
+        export.write_triton(folder, tmp_path, name="vlm")
+    assert [path.name for path in tmp_path.iterdir()] == ["vlm_vision"]
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("grains_ext.export.triton._config", full)
+    with pytest.raises(OSError, match="Nothing was left behind"):
+        export.write_triton(folder, tmp_path, name="vlm", overwrite=True)
+    assert [path.name for path in (tmp_path / "vlm_vision").iterdir()] == ["other"]
 
 
 def test_tritons_own_schema_reads_the_configuration(tmp_path: Path) -> None:
@@ -98,11 +152,21 @@ def test_tritons_own_schema_reads_the_configuration(tmp_path: Path) -> None:
     assert spec.loader is not None
     schema = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(schema)
-    folder = export.write_triton(exported_llama().folder, tmp_path, name="truthful")
-    config = text_format.Parse((folder / "config.pbtxt").read_text(), schema.ModelConfig())
-    assert config.backend == "onnxruntime"
-    assert config.input[0].data_type == schema.TYPE_INT64
-    assert len(config.model_operations.op_library_filename) == 1
+    export.write_triton(exported_llama().folder, tmp_path, name="truthful")
+    export.write_triton(exported_vlm("llava").folder, tmp_path, name="faithful")
+    first = {
+        "truthful": (schema.TYPE_INT64, 1),
+        "faithful": (schema.TYPE_FP32, 1),
+        "faithful_embedding": (schema.TYPE_INT64, 0),
+        "faithful_vision": (schema.TYPE_FP32, 0),
+    }
+    assert {folder.name for folder in tmp_path.iterdir()} == set(first)
+    for name, (data_type, n_libraries) in first.items():
+        text = (tmp_path / name / "config.pbtxt").read_text()
+        config = text_format.Parse(text, schema.ModelConfig())
+        assert (config.name, config.backend) == (name, "onnxruntime")
+        assert config.input[0].data_type == data_type
+        assert len(config.model_operations.op_library_filename) == n_libraries
 
 
 def test_external_weights_come_along(tmp_path: Path) -> None:
