@@ -50,13 +50,12 @@ def require_genai() -> ModuleType:
 def genai_family(model: PreTrainedModel) -> VisionFamily | None:
     """The family of a model that reads images; None for a model of text.
 
-    Raises GraphError where the decoder has to be told which tokens are an image's: genai does not.
+    Raises GraphError where the decoder takes something of the images that genai does not give it.
     """
     family = family_of(model)
-    if family is not None and family.genai_type is None:
+    if family is not None and family.not_in_genai is not None:
         raise GraphError(
-            f"image tokens of models of type '{model.config.model_type}' attend to later ones, and "
-            "onnxruntime-genai does not tell the decoder which those are: export with "
+            f"models of type '{model.config.model_type}' {family.not_in_genai}: export with "
             "runtime='ort', and run the folder with `grains generate`"
         )
     return family

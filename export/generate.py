@@ -23,6 +23,11 @@ _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 Feeds = dict[str, NDArray[Any]]
 
+DEEPSTACK_FEATURES, DEEPSTACK_EMBEDS = "deepstack_features", "deepstack_embeds"
+"""Image features that are added to the outputs of the decoder's first blocks: as vision.onnx gives
+them, [levels, image tokens, hidden], and as the decoder takes them, [levels, batch, tokens,
+hidden], zeros but at image tokens."""
+
 # These run over all positions up to a pass's last one; what else is fed, over the pass's own.
 _OVER_PAST = ("attention_mask", "token_type_ids")
 
@@ -80,11 +85,13 @@ class PromptImages:
     features: [image tokens, hidden], in the order of the image tokens, row by row.
     is_image: bool [batch, tokens], which tokens those are.
     position_ids: int64 [axes, batch, tokens], where a token of the model has several; else None.
+    deepstack: [levels, image tokens, hidden], where decoder blocks get features too; else None.
     """
 
     features: NDArray[Any]
     is_image: NDArray[np.bool_]
     position_ids: NDArray[np.int64] | None = None
+    deepstack: NDArray[Any] | None = None
 
     def __post_init__(self) -> None:
         if self.is_image.sum() != len(self.features):
@@ -93,10 +100,14 @@ class PromptImages:
                 f"{len(self.features)} features: these prompts were not made for these images"
             )
 
-    def between(self, start: int, end: int) -> NDArray[Any]:
-        """The features of the image tokens in a range of columns, [image tokens there, hidden]."""
+    def between(self, start: int, end: int) -> Feeds:
+        """What the embedding is fed for the image tokens in a range of columns."""
         numbers = self.is_image.cumsum().reshape(self.is_image.shape) - 1
-        return np.asarray(self.features[numbers[:, start:end][self.is_image[:, start:end]]])
+        there = numbers[:, start:end][self.is_image[:, start:end]]
+        feeds: Feeds = {"image_features": self.features[there]}
+        if self.deepstack is not None:
+            feeds[DEEPSTACK_FEATURES] = self.deepstack[:, there]
+        return feeds
 
 
 class OnnxDecoder:
@@ -105,7 +116,7 @@ class OnnxDecoder:
     session: as from `grains_ext.export.session`, of a graph with the input and output names that
         `export_model` documents; graphs without position_ids are served as well.
     embedding: the session of the graph from input_ids and image_features to inputs_embeds, for a
-        decoder over embeddings.
+        decoder over embeddings. What else it makes goes to the decoder by its name.
     overrides: values fed at every step in the place of defaults in the graph, such as
         {"grains.strength": np.zeros(1, np.float32)}.
 
@@ -136,7 +147,8 @@ class OnnxDecoder:
                 "and past_key_values.{i}.key/value"
                 + ("; pass the session of its embedding.onnx" if over_embeddings else "")
             )
-        if unknown := plain - {tokens, "position_ids", *_OVER_PAST}:
+        embedded = [] if embedding is None else [value.name for value in embedding.get_outputs()]
+        if unknown := plain - {tokens, "position_ids", *_OVER_PAST, *embedded}:
             raise ValueError(f"the graph has inputs that this decoder cannot feed: {unknown}")
         self._takes = plain
         # [batch, tokens], or [axes, batch, tokens].
@@ -176,8 +188,8 @@ class OnnxDecoder:
                 raise ValueError("the prompts have images, and this decoder takes text alone")
             feeds["input_ids"] = input_ids
         else:
-            features = None if images is None else images.between(n_seen - n_tokens, n_seen)
-            feeds["inputs_embeds"] = self._embedded(input_ids, features)
+            features = {} if images is None else images.between(n_seen - n_tokens, n_seen)
+            feeds |= self._embedded(input_ids, features)
         if "position_ids" in self._takes:
             positions = np.maximum(attention_mask.cumsum(axis=1) - 1, 0)
             if self._position_axes:
@@ -191,17 +203,18 @@ class OnnxDecoder:
             feeds["token_type_ids"] = types
         return feeds
 
-    def _embedded(
-        self, input_ids: NDArray[np.int64], features: NDArray[Any] | None
-    ) -> NDArray[Any]:
+    def _embedded(self, input_ids: NDArray[np.int64], features: Feeds) -> Feeds:
         assert self.embedding is not None
-        [_, wanted] = self.embedding.get_inputs()
-        if features is None:
-            features = np.zeros((0, wanted.shape[1]))
-        features = features.astype(_NUMPY_TYPES[wanted.type], copy=False)
-        feeds = {"input_ids": input_ids, "image_features": features}
-        [embeddings] = self.embedding.run(["inputs_embeds"], feeds)
-        return np.asarray(embeddings)
+        feeds: Feeds = {}
+        for value in self.embedding.get_inputs():
+            if value.name == "input_ids":
+                feeds[value.name] = input_ids
+                continue
+            none = np.zeros([0 if isinstance(size, str) else size for size in value.shape])
+            given = features.get(value.name, none)
+            feeds[value.name] = given.astype(_NUMPY_TYPES[value.type], copy=False)
+        names = [value.name for value in self.embedding.get_outputs()]
+        return dict(zip(names, self.embedding.run(names, feeds), strict=True))
 
     def _run(
         self, feeds: Feeds, cache: list[OrtValue] | None
@@ -330,5 +343,5 @@ def _part(feeds: Feeds, begin: int, end: int, past: int) -> Feeds:
     cuts = {
         name: np.s_[:, : past + end] if name in _OVER_PAST else np.s_[:, begin:end]
         for name in feeds
-    } | {"position_ids": np.s_[..., begin:end]}
+    } | {"position_ids": np.s_[..., begin:end], DEEPSTACK_EMBEDS: np.s_[:, :, begin:end]}
     return {name: value[cuts[name]] for name, value in feeds.items()}

@@ -69,6 +69,11 @@ class GraphIndex:
             if position not in stop and self.nodes[position].op_type != "Shape":
                 open_tensors.extend(name for name in self.nodes[position].input if name)
 
+    def is_sum(self, position: int) -> bool:
+        """Whether the node adds two tensors: an Add or a fused Skip*LayerNormalization."""
+        op_type = self.nodes[position].op_type
+        return op_type == "Add" or op_type in SKIP_NORMS
+
     def residual_input(self, position: int) -> str | None:
         """The input of an Add or Skip*LayerNormalization that carries the residual stream on.
 
@@ -81,7 +86,7 @@ class GraphIndex:
 
     def _find_residual_input(self, position: int) -> str | None:
         node = self.nodes[position]
-        if node.op_type != "Add" and node.op_type not in SKIP_NORMS:
+        if not self.is_sum(position):
             return None
         left, right = str(node.input[0]), str(node.input[1])
         if left in self.constants or right in self.constants:

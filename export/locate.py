@@ -159,11 +159,28 @@ def _residual_chain(index: GraphIndex, logits: str) -> list[int]:
         raise GraphError(f"no residual stream leads to '{logits}': {found}")
     chain = [position]
     while stream is not None:
-        below = index.producer.get(index.origin(stream))
+        below = _below_foreign(index, index.producer.get(index.origin(stream)))
         stream = None if below is None else index.residual_input(below)
         if below is not None and stream is not None:
             chain.append(below)
     return chain[::-1]
+
+
+def _below_foreign(index: GraphIndex, position: int | None) -> int | None:
+    """The node that the stream comes from, below additions of what does not come from the stream.
+
+    Some models add features of images to the outputs of their first blocks (DeepStack). That is no
+    part of a block. `position` itself where it is no such addition.
+    """
+    while (
+        position is not None and index.is_sum(position) and index.residual_input(position) is None
+    ):
+        made = [index.producer.get(index.origin(name)) for name in index.nodes[position].input[:2]]
+        steps = [p for p in made if p is not None and index.residual_input(p) is not None]
+        if len(steps) != 1:
+            break
+        position = steps[0]
+    return position
 
 
 def _block_starts(index: GraphIndex, chain: list[int], caches: list[str]) -> list[int]:

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from grains_ext.decoder import DecoderView
 from grains_ext.export.errors import ExportError
-from grains_ext.export.vision_families import VisionFamily, family_of
+from grains_ext.export.generate import DEEPSTACK_EMBEDS
+from grains_ext.export.vision_families import VisionFamily, deepstack_levels, family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -100,7 +102,8 @@ def export_module(
     if opset < 18:
         raise ValueError(f"opset is {opset}; steered graphs need 18 or more")
     try:
-        with quiet():
+        # A third faster: torch traces no graph of gradients that would be dropped again.
+        with quiet(), torch.no_grad():
             program = torch.onnx.export(
                 module,
                 (),
@@ -171,9 +174,34 @@ class _CachedDecoder(nn.Module):
         past: list[tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, ...]:
         cache = Cache(layers=[_PastLayer(keys, values) for keys, values in past])
-        output = self.decoder(**inputs, past_key_values=cache, use_cache=True)
+        inputs = dict(inputs)
+        with _added_to_blocks(self.decoder, inputs.pop(DEEPSTACK_EMBEDS, ())):
+            output = self.decoder(**inputs, past_key_values=cache, use_cache=True)
         present = (tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
         return (output.logits, *present)
+
+
+@contextlib.contextmanager
+def _added_to_blocks(model: nn.Module, features: Iterable[Tensor]) -> Iterator[None]:
+    """Inside, features[i] is added to the output of block i, everywhere.
+
+    The model adds its own at the image tokens alone, at as many places as it finds there; a graph
+    adds zeros at the others.
+    """
+
+    def adding(level: Tensor) -> Callable[..., Tensor]:
+        return lambda block, arguments, hidden: hidden + level
+
+    blocks = DecoderView.of(model).blocks
+    hooks = [
+        block.register_forward_hook(adding(level))
+        for block, level in zip(blocks, features, strict=False)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _example(model: PreTrainedModel, family: VisionFamily | None) -> dict[str, Any]:
@@ -207,6 +235,8 @@ def _example(model: PreTrainedModel, family: VisionFamily | None) -> dict[str, A
         inputs["position_ids"] = positions.repeat(family.position_axes, 1, 1)
     if family is not None and family.bidirectional:
         inputs["token_type_ids"] = torch.zeros_like(mask)
+    if family is not None and (levels := deepstack_levels(model)) > 0:
+        inputs[DEEPSTACK_EMBEDS] = inputs["inputs_embeds"].repeat(levels, 1, 1, 1)
     return {"inputs": inputs, "past": past}
 
 
@@ -217,7 +247,7 @@ def _dynamic_shapes(arguments: dict[str, Any]) -> dict[str, Any]:
     past = {0: _BATCH, 2: "past_sequence_length"}
     inputs = {}
     for name, value in arguments["inputs"].items():
-        first = value.ndim - 2 if name == "position_ids" else 0
+        first = {"position_ids": value.ndim - 2, DEEPSTACK_EMBEDS: 1}.get(name, 0)
         whole = name in ("attention_mask", "token_type_ids")
         inputs[name] = {first: _BATCH, first + 1: _TOTAL if whole else _TOKENS}
     return {"inputs": inputs, "past": [(past, past)] * len(arguments["past"])}

@@ -7,9 +7,9 @@ in operations that a graph can hold: no Python loop over images, no length read 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -30,21 +30,33 @@ class VisionFamily:
     """One family.
 
     features: (model, *pixels) -> image features [image tokens, hidden], in the order of the image
-        tokens of one prompt.
+        tokens of one prompt; with deepstack, also what decoder blocks get of them, [levels, image
+        tokens, hidden].
     pixels: the processor's outputs that it takes, each with its dynamic axes.
     position_axes: how many position ids a token has, where it is more than one.
     bidirectional: image tokens attend to later ones of their image, so that the decoder must be
         told which tokens are an image's (token_type_ids).
     genai_type: the model type under which onnxruntime-genai runs the three graphs as they are: one
-        that feeds a vision graph what it names, and counts positions as this family does. None
-        where there is none.
+        that feeds a vision graph what it names, and counts positions as this family does.
+    not_in_genai: why there is no such type, to be read after "models of type ...".
     """
 
-    features: Callable[..., Tensor]
+    features: Callable[..., Tensor | tuple[Tensor, Tensor]]
     pixels: Mapping[str, Axes] = field(default_factory=lambda: {"pixel_values": _IMAGES})
     position_axes: int | None = None
     bidirectional: bool = False
-    genai_type: str | None = "phi3v"
+    genai_type: str = "phi3v"
+    not_in_genai: str | None = None
+
+
+def deepstack_levels(model: PreTrainedModel) -> int:
+    """How many of the first decoder blocks have image features added to their outputs.
+
+    DeepStack (arXiv:2406.04334): features of the tower's earlier blocks, one level for each decoder
+    block, at image tokens. What steers a block's output acts before they are added.
+    """
+    vision = model.config.vision_config
+    return len(getattr(vision, "deepstack_visual_indexes", None) or ())
 
 
 def family_of(model: PreTrainedModel) -> VisionFamily | None:
@@ -55,9 +67,9 @@ def family_of(model: PreTrainedModel) -> VisionFamily | None:
     if getattr(model.config, "vision_config", None) is None:
         return None
     name, tower = model.config.model_type, model.config.vision_config.model_type
-    family = FAMILIES.get(name)
     # A LLaVA with Pixtral's tower reads pictures in their own sizes.
-    if family is None or tower == "pixtral":
+    family = FAMILIES.get("pixtral" if (name, tower) == ("llava", "pixtral") else name)
+    if family is None:
         raise ExportError(
             f"models of type '{name}' with a vision tower of type '{tower}' read images in a way "
             f"that is not known here; known are {', '.join(FAMILIES)}. Export its parts with "
@@ -83,15 +95,19 @@ def _joined(features: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Tensor:
 
 def _projected(model: Any, pixel_values: Tensor) -> Tensor:
     """LLaVA's features of each view, [views, patches, hidden]; the model goes on with a loop."""
-    config, base = model.config, model.model
+    base = model.model
     states = base.vision_tower(pixel_values, output_hidden_states=True).hidden_states
-    layers = config.vision_feature_layer
-    layers = [layers] if isinstance(layers, int) else layers
     # "default" leaves out the class token.
-    first = 1 if config.vision_feature_select_strategy == "default" else 0
-    chosen = torch.cat([states[n][:, first:] for n in layers], dim=-1)
-    features: Tensor = base.multi_modal_projector(chosen)
+    first = 1 if model.config.vision_feature_select_strategy == "default" else 0
+    features: Tensor = base.multi_modal_projector(_chosen(model, states)[:, first:])
     return features
+
+
+def _chosen(model: Any, states: Sequence[Tensor]) -> Tensor:
+    """What LLaVA's projector reads of the tower's hidden states: those of some layers, joined."""
+    layers = model.config.vision_feature_layer
+    layers = [layers] if isinstance(layers, int) else layers
+    return torch.cat([states[n] for n in layers], dim=-1)
 
 
 def _llava(model: Any, pixel_values: Tensor) -> Tensor:
@@ -179,7 +195,9 @@ def _whole(number: Tensor) -> Tensor:
 # --- Qwen -----------------------------------------------------------------------------------------
 
 
-def _qwen(model: Any, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
+def _qwen(
+    model: Any, pixel_values: Tensor, image_grid_thw: Tensor
+) -> Tensor | tuple[Tensor, Tensor]:
     """Patches of all images in one sequence, each attending to those of its image."""
     visual = model.model.visual
     merge = visual.spatial_merge_size
@@ -191,18 +209,30 @@ def _qwen(model: Any, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
     if hasattr(visual, "window_size"):
         side = visual.window_size // merge // visual.patch_size
         arguments |= _windows(place, merge, side)
+    if hasattr(visual, "num_grid_per_side"):
+        arguments |= _interpolation(place, visual.num_grid_per_side)
     with _attention_by_segment(visual):
-        features: Tensor = visual(pixel_values, grid_thw=image_grid_thw, **arguments).pooler_output
-    return features
+        output = visual(pixel_values, grid_thw=image_grid_thw, **arguments)
+    features: Tensor = output.pooler_output
+    if deepstack_levels(model) == 0:
+        return features
+    return features, torch.stack(output.deepstack_features)
 
 
 @dataclass(frozen=True)
 class _PatchPlaces:
-    """Where each patch stands, int64 [patches]. frame: the number of its image's first patch."""
+    """Where each patch stands, int64 [patches].
 
+    image: the number of its image, which has n_rows and n_columns of patches. frame: the number of
+    its frame's first patch.
+    """
+
+    image: Tensor
     frame: Tensor
     row: Tensor
     column: Tensor
+    n_rows: Tensor
+    n_columns: Tensor
 
 
 def _patch_places(grid: Tensor, n_patches: int, merge: int) -> _PatchPlaces:
@@ -221,9 +251,12 @@ def _patch_places(grid: Tensor, n_patches: int, merge: int) -> _PatchPlaces:
     square, inner = within // merge**2, within % merge**2
     squares_in_row = n_columns // merge
     return _PatchPlaces(
+        image=image,
         frame=number - within,
         row=square // squares_in_row * merge + inner // merge,
         column=square % squares_in_row * merge + inner % merge,
+        n_rows=n_rows,
+        n_columns=n_columns,
     )
 
 
@@ -244,6 +277,29 @@ def _windows(place: _PatchPlaces, merge: int, side: int) -> dict[str, Tensor]:
     order = ((window * _WINDOWS_IN_ROW + row) * _WINDOWS_IN_ROW + column).argsort()
     of_patch = window[order][:, None].expand(-1, merge**2).reshape(-1)
     return {"window_index": order, "cu_window_seqlens": of_patch}
+
+
+def _interpolation(place: _PatchPlaces, side: int) -> dict[str, Tensor]:
+    """The learned positions around each patch, and their weights, [patches, 4] both.
+
+    transformers' get_vision_interpolation_indices_and_weights, bilinear, corners aligned. side: of
+    the square of learned positions.
+    """
+    rows, row_weights = _neighbours(place.row, place.n_rows, side)
+    columns, column_weights = _neighbours(place.column, place.n_columns, side)
+    return {
+        "interp_indices": (rows[:, :, None] * side + columns[:, None]).flatten(1),
+        "interp_weights": (row_weights[:, :, None] * column_weights[:, None]).flatten(1),
+    }
+
+
+def _neighbours(place: Tensor, n_places: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """The two learned positions next to each place on an axis, and their weights, [patches, 2]."""
+    exact = place.float() * (side - 1) / (n_places - 1).clamp(min=1)
+    low = exact.floor()
+    offsets = torch.arange(2, device=place.device)
+    weights = (1 - (exact[:, None] - low[:, None] - offsets).abs()).clamp(min=0)
+    return (low.long()[:, None] + offsets).clamp(max=side - 1), weights
 
 
 @contextmanager
@@ -291,6 +347,60 @@ def _segment_attention(
     return output
 
 
+# --- Pixtral --------------------------------------------------------------------------------------
+
+
+def _pixtral(model: Any, pixel_values: Tensor, image_sizes: Tensor) -> Tensor:
+    """LLaVA's projector on Pixtral's tower."""
+    if model.config.vision_feature_select_strategy != "full":
+        raise ExportError(
+            "Pixtral's tower has no class token: vision_feature_select_strategy is "
+            f"'{model.config.vision_feature_select_strategy}', expected 'full'"
+        )
+    states = _pixtral_states(model.model.vision_tower, pixel_values, image_sizes, merge=1)
+    features: Tensor = model.model.multi_modal_projector(_chosen(model, states))
+    return features[0]
+
+
+def _mistral3(model: Any, pixel_values: Tensor, image_sizes: Tensor) -> Tensor:
+    """Squares of merge x merge patches become one feature: Mistral3PatchMerger without its loop."""
+    projector, merge = model.model.multi_modal_projector, model.config.spatial_merge_size
+    states = _pixtral_states(model.model.vision_tower, pixel_values, image_sizes, merge)
+    normed = projector.norm(_chosen(model, states)[0])
+    # Its rows hold all patches' values of one channel, then those of the next.
+    squares = normed.reshape(-1, merge**2, normed.shape[-1]).transpose(1, 2).flatten(1)
+    merged = projector.patch_merger.merging_layer(squares)
+    features: Tensor = projector.linear_2(projector.act(projector.linear_1(merged)))
+    return features
+
+
+def _pixtral_states(
+    tower: Any, pixel_values: Tensor, image_sizes: Tensor, merge: int
+) -> list[Tensor]:
+    """The hidden states [1, patches, hidden] before and after each layer of Pixtral's tower.
+
+    PixtralVisionModel.forward, in which the patches of all images are one sequence and attend to
+    those of their own image. They come here in squares of merge x merge.
+
+    pixel_values: padded at the right and below to the largest image. image_sizes: [images, 2].
+    """
+    sizes = image_sizes // tower.patch_size
+    # While tracing this is a symbol, which int() refuses; transformers asks whether it is above 1.
+    n_patches: Any = sizes.prod(1).sum().item()
+    torch._check(n_patches > 1)
+    place = _patch_places(nn.functional.pad(sizes, (1, 0), value=1), n_patches, merge)
+    embeds = tower.patch_conv(pixel_values).permute(0, 2, 3, 1)
+    hidden = tower.ln_pre(embeds[place.image, place.row, place.column])[None]
+    positions = torch.stack([place.row, place.column], dim=-1)
+    rotations = tower.patch_positional_embedding(hidden, positions)
+    apart = (place.image[:, None] != place.image[None])[None, None]
+    mask = hidden.new_zeros(1).masked_fill(apart, torch.finfo(hidden.dtype).min)
+    states = [hidden]
+    for layer in tower.transformer.layers:
+        states.append(layer(states[-1], mask, position_embeddings=rotations))
+    return states
+
+
 # --- the families ---------------------------------------------------------------------------------
 
 
@@ -309,6 +419,10 @@ _IDEFICS = VisionFamily(
     _own("pixel_values", "pixel_attention_mask"),
     {"pixel_values": _VIEWS, "pixel_attention_mask": _VIEWS},
 )
+_PADDED: dict[str, Axes] = {
+    "pixel_values": {0: "num_images", 2: "height", 3: "width"},
+    "image_sizes": _IMAGES,
+}
 FAMILIES: dict[str, VisionFamily] = {
     "llava": VisionFamily(_llava),
     "llava_next": VisionFamily(
@@ -317,8 +431,20 @@ FAMILIES: dict[str, VisionFamily] = {
     ),
     "qwen2_vl": _QWEN,
     "qwen2_5_vl": _QWEN,
-    "gemma3": VisionFamily(_own("pixel_values"), bidirectional=True, genai_type=None),
+    "qwen3_vl": replace(
+        _QWEN,
+        not_in_genai="add features of images to the outputs of decoder blocks, and "
+        "onnxruntime-genai does not pass them on",
+    ),
+    "gemma3": VisionFamily(
+        _own("pixel_values"),
+        bidirectional=True,
+        not_in_genai="have image tokens that attend to later ones, and onnxruntime-genai does not "
+        "tell the decoder which those are",
+    ),
     "idefics3": _IDEFICS,
     "smolvlm": _IDEFICS,
     "internvl": VisionFamily(_own("pixel_values")),
+    "pixtral": VisionFamily(_pixtral, _PADDED),
+    "mistral3": VisionFamily(_mistral3, _PADDED),
 }

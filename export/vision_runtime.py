@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grains_ext.export.folder import CONFIG_NAME, VISION_NAME
-from grains_ext.export.generate import PromptImages
+from grains_ext.export.generate import DEEPSTACK_FEATURES, Feeds, PromptImages
 from grains_ext.export.runtime import Provider, session
 
 if TYPE_CHECKING:
@@ -101,7 +101,14 @@ class ImageReader:
         if not features:
             return PromptBatch(ids, mask, None)
         is_image = (ids == self.image_token_id) & (mask == 1)
-        images = PromptImages(np.concatenate(features), is_image)
+        # Image tokens are on the last axis but one, of whatever rank.
+        joined = {
+            name: np.concatenate([found[name] for found in features], axis=-2)
+            for name in features[0]
+        }
+        images = PromptImages(
+            joined["image_features"], is_image, deepstack=joined.get(DEEPSTACK_FEATURES)
+        )
         if any(GRID in prompt.pixels for prompt in prompts):
             positions = np.zeros((3, *ids.shape), np.int64)
             for row, prompt in enumerate(prompts):
@@ -111,24 +118,29 @@ class ImageReader:
             images = replace(images, position_ids=positions)
         return PromptBatch(ids, mask, images)
 
-    def _features(self, prompt: Prompt) -> NDArray[Any]:
+    def _features(self, prompt: Prompt) -> Feeds:
         features = self.features(prompt.pixels)
         n_tokens = sum(token == self.image_token_id for token in prompt.ids)
-        if n_tokens != len(features):
+        n_features = len(features["image_features"])
+        if n_tokens != n_features:
             raise ValueError(
-                f"a prompt has {n_tokens} image tokens, and its images have {len(features)} "
+                f"a prompt has {n_tokens} image tokens, and its images have {n_features} "
                 "features: it was not made for these images"
             )
         return features
 
-    def features(self, pixels: Mapping[str, Any]) -> NDArray[Any]:
-        """Image features [image tokens, hidden] of what the processor made of a prompt's images."""
-        feeds: dict[str, NDArray[Any]] = {
+    def features(self, pixels: Mapping[str, Any]) -> Feeds:
+        """vision.onnx's outputs by name, from what the processor made of a prompt's images.
+
+        image_features [image tokens, hidden]; with deepstack, deepstack_features [levels, image
+        tokens, hidden] too.
+        """
+        feeds: Feeds = {
             value.name: np.asarray(pixels[value.name]).astype(_NUMPY_TYPES[value.type], copy=False)
             for value in self._vision.get_inputs()
         }
-        [features] = self._vision.run(["image_features"], feeds)
-        return np.asarray(features)
+        names = [value.name for value in self._vision.get_outputs()]
+        return dict(zip(names, self._vision.run(names, feeds), strict=True))
 
 
 def image_token_id(config: Mapping[str, Any]) -> int | None:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from grains_ext.export.errors import ExportError
+from grains_ext.export.generate import DEEPSTACK_EMBEDS, DEEPSTACK_FEATURES
 from grains_ext.export.trace import evaluating, export_module
-from grains_ext.export.vision_families import VisionFamily
+from grains_ext.export.vision_families import VisionFamily, deepstack_levels
 from grains_ext.vision.encoding import encode_image_prompt
 
 if TYPE_CHECKING:
@@ -32,7 +33,9 @@ def export_vision(
     """Writes the graph from pixels to image features, the projector included.
 
     Its inputs are the processor's outputs, by their names; pixels are float32. Its output
-    image_features, [image tokens, hidden], holds them in the order of the prompt's image tokens.
+    image_features, [image tokens, hidden], holds them in the order of the prompt's image tokens;
+    with deepstack, another one, deepstack_features, those of each level, [levels, image tokens,
+    hidden].
 
     Raises ExportError where torch.onnx.export refuses the tower.
     """
@@ -45,7 +48,7 @@ def export_vision(
             what=f"the vision tower of this model of type '{model.config.model_type}'",
             dynamic_shapes={"pixels": {name: family.pixels[name] for name in pixels}},
             input_names=list(pixels),
-            output_names=["image_features"],
+            output_names=_features_of(model),
             opset=opset,
             external_data=external_data,
         )
@@ -56,23 +59,28 @@ def export_embedding(
 ) -> None:
     """Writes the graph from input_ids and image_features to inputs_embeds [batch, tokens, hidden].
 
-    The i-th image token of the batch, row by row, becomes the i-th feature.
+    The i-th image token of the batch, row by row, becomes the i-th feature. With deepstack, it also
+    makes deepstack_embeds [levels, batch, tokens, hidden] of deepstack_features: zeros but there.
     """
     ids = torch.arange(6, device=model.device).reshape(2, 3)
     embedding = model.get_input_embeddings()
     with evaluating(model), torch.no_grad():
         features = embedding(ids[0])
+        arguments = {"input_ids": ids, "image_features": features}
+        axes = {"input_ids": {0: _BATCH, 1: _TOKENS}, "image_features": {0: _N_FEATURES}}
+        outputs = ["inputs_embeds"]
+        if (levels := deepstack_levels(model)) > 0:
+            arguments[DEEPSTACK_FEATURES] = features.repeat(levels, 1, 1)
+            axes[DEEPSTACK_FEATURES] = {1: _N_FEATURES}
+            outputs.append(DEEPSTACK_EMBEDS)
         export_module(
             _Merging(embedding, model.config.image_token_id),
-            {"input_ids": ids, "image_features": features},
+            arguments,
             path,
             what="the model's input embedding",
-            dynamic_shapes={
-                "input_ids": {0: _BATCH, 1: _TOKENS},
-                "image_features": {0: _N_FEATURES},
-            },
-            input_names=["input_ids", "image_features"],
-            output_names=["inputs_embeds"],
+            dynamic_shapes=axes,
+            input_names=list(arguments),
+            output_names=outputs,
             opset=opset,
             external_data=external_data,
         )
@@ -84,7 +92,7 @@ class _Vision(nn.Module):
         self.model, self.training = model, False
         self._family, self._names = family, names
 
-    def forward(self, pixels: dict[str, Tensor]) -> Tensor:
+    def forward(self, pixels: dict[str, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
         values = (pixels[name] for name in self._names)
         dtype = self.model.dtype
         given = [value.to(dtype) if value.is_floating_point() else value for value in values]
@@ -99,17 +107,32 @@ class _Merging(nn.Module):
         self.embedding, self.training = embedding, False
         self._image_token_id = image_token_id
 
-    def forward(self, input_ids: Tensor, image_features: Tensor) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        image_features: Tensor,
+        deepstack_features: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         number = (input_ids == self._image_token_id).flatten().long().cumsum(0)
         number = number.reshape(input_ids.shape)
         # A model may write an image token itself: no feature is meant for that one.
         filled = (input_ids == self._image_token_id) & (number <= image_features.shape[0])
+        number = torch.where(filled, number, 0)
         # In some families the image token's id lies outside the vocabulary.
         embeddings = self.embedding(torch.where(filled, 0, input_ids))
-        # A row in front, for the other tokens: there may be no feature at all.
-        blank = image_features.new_zeros(1, image_features.shape[1])
-        rows = torch.cat([blank, image_features])
-        return torch.where(filled[..., None], rows[torch.where(filled, number, 0)], embeddings)
+        merged = torch.where(filled[..., None], _behind_zeros(image_features)[number], embeddings)
+        if deepstack_features is None:
+            return merged
+        return merged, _behind_zeros(deepstack_features)[:, number]
+
+
+def _behind_zeros(features: Tensor) -> Tensor:
+    """With a row of zeros in front, for the other tokens: there may be no feature at all."""
+    return nn.functional.pad(features, (0, 0, 1, 0))
+
+
+def _features_of(model: PreTrainedModel) -> list[str]:
+    return ["image_features"] + [DEEPSTACK_FEATURES] * (deepstack_levels(model) > 0)
 
 
 def _example_pixels(

@@ -58,8 +58,9 @@ def exported_llama() -> Exported:
 
 @functools.cache
 def exported_vlm(family: str) -> ExportedVlm:
-    """With one decoder block: each takes seconds. Gemma's have two kinds."""
-    model, processor = tiny_vlm(family, n_blocks=2 if family == "gemma3" else 1)
+    """With one decoder block: each takes seconds. Gemma's have two kinds, and Qwen3-VL's two levels
+    of features."""
+    model, processor = tiny_vlm(family, n_blocks=2 if family in ("gemma3", "qwen3_vl") else 1)
     vectors = random_vectors(range(model.config.get_text_config().num_hidden_layers))
     folder = _root() / "steered"
     parity = export_model(model, processor, vectors, folder)

@@ -126,6 +126,32 @@ def test_the_stream_is_followed_through_nodes_that_keep_values(op_type: str) -> 
     assert len(locate(graph)) == expected
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_features_added_between_blocks_are_no_part_of_one(fused: bool) -> None:
+    """As by models that add image features to the outputs of their first blocks."""
+    graph = ToyDecoder("simplified").graph()
+    expected = [site.tensor for site in locate(graph)]
+    for tensor in expected[:2]:
+        nodes, moved, features = list(graph.graph.node), f"{tensor}_moved", f"{tensor}_features"
+        given = helper.make_tensor_value_info(features, TensorProto.FLOAT, ["batch", "tokens", 8])
+        graph.graph.input.append(given)
+        readers = [node for node in nodes if tensor in node.input]
+        for node in readers:
+            node.input[list(node.input).index(tensor)] = moved
+        norm = next(node for node in readers if node.op_type == "SimplifiedLayerNormalization")
+        if fused:
+            norm.op_type, norm.domain = "SkipSimplifiedLayerNormalization", "com.microsoft"
+            norm.input[:] = [tensor, features, norm.input[1]]
+            norm.output.extend(["", "", moved])
+            del norm.attribute[:]
+        else:
+            addition = helper.make_node("Add", [features, tensor], [moved])
+            nodes.insert(nodes.index(norm), addition)
+        del graph.graph.node[:]
+        graph.graph.node.extend(nodes)
+    assert [site.tensor for site in locate(graph)] == expected
+
+
 def test_a_wrong_block_count_is_refused() -> None:
     with pytest.raises(GraphError, match=r"3 decoder blocks.*but 12 were expected"):
         locate(ToyDecoder("div").graph(), n_blocks=12)

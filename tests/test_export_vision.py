@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from grains_ext import cli, export
 from grains_ext.export import ImageReader, Prompt
 from grains_ext.export.generate import OnnxDecoder, PromptImages, embedding_beside
-from grains_ext.export.vision_families import FAMILIES, _attention_by_segment
+from grains_ext.export.vision_families import _attention_by_segment, family_of
 from grains_ext.export.vision_runtime import grid_positions
 from grains_ext.export.vision_trace import export_vision
 from grains_ext.vision import encode_image_prompt, load_processor
@@ -30,8 +30,11 @@ from tests.vision_models import tiny_vlm
 # those whose decoders are fed something of their own.
 EXPORTED = [
     "llava",
-    *(pytest.param(family, marks=pytest.mark.slow) for family in ("qwen2_vl", "gemma3")),
+    *(pytest.param(family, marks=pytest.mark.slow) for family in ("qwen3_vl", "gemma3")),
 ]
+# What these have of their own ends at vision.onnx; for the last two, no more than that is traced.
+OTHERS = ["llava_next", "qwen2_5_vl", "idefics3", "internvl", "mistral3"]
+VISION_ALONE = ["qwen2_vl", "pixtral"]
 N_TOKENS = 6
 
 
@@ -85,7 +88,9 @@ def generated(decoder: OnnxDecoder, folder: Path, prompts: Sequence[Prompt]) -> 
     return tokens.tolist()
 
 
-@pytest.mark.parametrize("family", EXPORTED)
+@pytest.mark.parametrize(
+    "family", EXPORTED + [pytest.param(family, marks=pytest.mark.slow) for family in OTHERS]
+)
 def test_the_export_agrees_with_the_hooked_model(family: str) -> None:
     """Prompts with one image, two and none in one batch; 32 cached steps; with and without the
     op library."""
@@ -115,24 +120,52 @@ def test_generation_is_that_of_the_hooked_model(family: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl", "idefics3", "internvl"])
+@pytest.mark.parametrize("family", ["qwen3_vl", *OTHERS, *VISION_ALONE])
 def test_images_of_any_number_and_shape(family: str, tmp_path: Path) -> None:
-    """vision.onnx alone, of families whose decoders are fed what others are."""
-    model, processor = tiny_vlm(family)
-    rule = FAMILIES[family]
-    export_vision(model, processor, rule, tmp_path / "vision.onnx", opset=20, external_data=False)
-    session = export.session(tmp_path / "vision.onnx", library=False)
-    for sides in ([(40, 24)], [(61, 7), (33, 33), (20, 90)]):
+    if family in VISION_ALONE:
+        model, processor = tiny_vlm(family)
+        path = tmp_path / "vision.onnx"
+        rule = family_of(model)
+        assert rule is not None
+        export_vision(model, processor, rule, path, opset=20, external_data=False)
+    else:
+        exported = exported_vlm(family)
+        model, processor = exported.model, exported.processor
+        path = exported.folder / "vision.onnx"
+    session = export.session(path, library=False)
+    for sides in ([(40, 24)], [(9, 4)], [(61, 7), (33, 33), (20, 90)]):
         pictures = [noise(width, height) for width, height in sides]
         ids, inputs = encode_image_prompt(processor, text_of(processor, len(sides)), pictures)
-        pixels = {name: inputs[name] for name in rule.pixels}
+        pixels = {value.name: inputs[value.name] for value in session.get_inputs()}
         with torch.no_grad():
-            output = model.model.get_image_features(**pixels).pooler_output
-        expected = torch.cat([features.flatten(0, -2) for features in output])
-        [found] = session.run(None, {name: value.numpy() for name, value in pixels.items()})
-        assert found.shape == expected.shape
-        assert ids.count(model.config.image_token_id) == len(found)
-        np.testing.assert_allclose(found, expected, atol=1e-5, rtol=1e-5)
+            output = model.model.get_image_features(**pixels)
+        expected = [torch.cat([features.flatten(0, -2) for features in output.pooler_output])]
+        if family == "qwen3_vl":
+            levels = [torch.cat(list(level)) for level in output.deepstack_features]
+            expected.append(torch.stack(levels))
+        found = session.run(None, {name: value.numpy() for name, value in pixels.items()})
+        assert ids.count(model.config.image_token_id) == len(found[0])
+        for ours, theirs in zip(found, expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_features_for_decoder_blocks_go_where_their_image_is() -> None:
+    """Qwen3-VL: those of an image move what its own prompt goes on with, and no other."""
+    exported = exported_vlm("qwen3_vl")
+    reader = ImageReader(exported.folder)
+    batch = reader.batch([prompt_of(exported, n_images) for n_images in (1, 0, 2)])
+    assert batch.images is not None
+    assert batch.images.deepstack is not None
+    assert batch.images.deepstack.shape == (2, *batch.images.features.shape)
+    decoder = decoder_of(exported.folder)
+    ids, mask = batch.input_ids, batch.attention_mask
+    whole, _ = decoder.step(ids, mask, images=batch.images)
+    none = replace(batch.images, deepstack=np.zeros_like(batch.images.deepstack))
+    without, _ = decoder.step(ids, mask, images=none)
+    moved = np.abs(whole - without)[:, -1].max(axis=-1)
+    assert moved[1] == 0
+    assert min(moved[0], moved[2]) > 1e-2
 
 
 @pytest.mark.parametrize("family", EXPORTED)
@@ -275,13 +308,14 @@ def test_what_cannot_be_exported_is_refused_before_the_export(tmp_path: Path) ->
     for wrong in (None, processor.tokenizer):
         with pytest.raises(ValueError, match=r"type 'llava' read images: pass the processor"):
             export.export_model(model, wrong, vectors, tmp_path / "out")
-    model, processor = tiny_vlm("qwen3_vl")
-    with pytest.raises(export.ExportError, match=r"'qwen3_vl' .* known are llava, .*inject\(\)"):
+    model.config.model_type = "vipllava"
+    with pytest.raises(export.ExportError, match=r"'vipllava' .* known are llava, .*inject\(\)"):
         export.export_model(model, processor, vectors, tmp_path / "out")
     pytest.importorskip("onnxruntime_genai")
-    model, processor = tiny_vlm("gemma3")
-    with pytest.raises(export.ExportError, match="'gemma3' attend to later ones"):
-        export.export_model(model, processor, vectors, tmp_path / "out", runtime="genai")
+    for family, why in (("gemma3", "attend to later ones"), ("qwen3_vl", "add features of images")):
+        model, processor = tiny_vlm(family)
+        with pytest.raises(export.ExportError, match=f"'{family}' .*{why}"):
+            export.export_model(model, processor, vectors, tmp_path / "out", runtime="genai")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -298,8 +332,9 @@ def test_a_failure_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_positions_are_those_of_qwen() -> None:
-    model, processor = tiny_vlm("qwen2_vl")
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_positions_are_those_of_qwen(family: str) -> None:
+    model, processor = tiny_vlm(family)
     for n_images, separator in itertools.product((1, 2, 3), (" is ", " sky over the ")):
         text = "the sky" + separator + separator.join([processor.image_token] * n_images) + " ?"
         pictures = [noise(40, 24), noise(16, 30), noise(32, 32)][:n_images]
@@ -313,7 +348,7 @@ def test_positions_are_those_of_qwen() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 def test_onnxruntime_genai_runs_the_folder(family: str) -> None:
     pytest.importorskip("onnxruntime_genai")
     from grains_ext.export.genai import generate_with_genai

@@ -1,5 +1,8 @@
 """Tiny random vision-language models of every supported family, with their real processors."""
 
+import importlib
+import importlib.util
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -90,7 +93,10 @@ def _build(
         torch.manual_seed(0)
         model = getattr(transformers, f"{names}ForConditionalGeneration")(config)
         scale_weights(model)
-    full_class = getattr(transformers, f"{names}Processor")
+    if vision.get("model_type") == "pixtral":
+        full_class = _pixtral_processor()
+    else:
+        full_class = getattr(transformers, f"{names}Processor")
     processor_class = without_video(full_class)
     no_video = {} if processor_class is full_class else {"video_processor": None}
     processor = processor_class(
@@ -260,6 +266,50 @@ def _internvl() -> tuple[PreTrainedModel, ProcessorMixin]:
     )
 
 
+def _pixtral_tower(
+    family: str, *, merge: int, **model_options: Any
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    return _build(
+        family,
+        tokens={
+            "image_token": "[IMG]",
+            "image_break_token": "[IMG_BREAK]",
+            "image_end_token": "[IMG_END]",
+        },
+        image_processor=transformers.PixtralImageProcessorPil(
+            size={"longest_edge": 2 * TILE}, patch_size={"height": PATCH, "width": PATCH}
+        ),
+        text={"model_type": "mistral", "sliding_window": None},
+        vision={"model_type": "pixtral", "image_size": 2 * TILE},
+        placeholder="[IMG]",
+        model_options=model_options,
+        processor_options={"patch_size": PATCH, "spatial_merge_size": merge},
+    )
+
+
+def _pixtral() -> tuple[PreTrainedModel, ProcessorMixin]:
+    return _pixtral_tower(
+        "pixtral", merge=1, vision_feature_select_strategy="full", vision_feature_layer=-1
+    )
+
+
+def _mistral3() -> tuple[PreTrainedModel, ProcessorMixin]:
+    return _pixtral_tower("mistral3", merge=2, spatial_merge_size=2)
+
+
+def _pixtral_processor() -> Any:
+    """transformers' class: its module imports the processing with torchvision, for one function
+    that the one with Pillow has too."""
+    name = "transformers.models.pixtral.image_processing_pixtral"
+    if importlib.util.find_spec("torchvision") is None:
+        sys.modules.setdefault(
+            name, importlib.import_module(name.replace("_pixtral", "_pil_pixtral"))
+        )
+    return importlib.import_module(
+        "transformers.models.pixtral.processing_pixtral"
+    ).PixtralProcessor
+
+
 _CLASSES = {
     "llava": "Llava",
     "llava_next": "LlavaNext",
@@ -270,6 +320,8 @@ _CLASSES = {
     "idefics3": "Idefics3",
     "smolvlm": "SmolVLM",
     "internvl": "InternVL",
+    "pixtral": "Llava",
+    "mistral3": "Mistral3",
 }
 _BUILDERS: dict[str, Callable[[], tuple[PreTrainedModel, ProcessorMixin]]] = {
     "llava": _llava,
@@ -281,8 +333,11 @@ _BUILDERS: dict[str, Callable[[], tuple[PreTrainedModel, ProcessorMixin]]] = {
     "idefics3": _idefics3,
     "smolvlm": _smolvlm,
     "internvl": _internvl,
+    "pixtral": _pixtral,
+    "mistral3": _mistral3,
 }
-VISION_FAMILIES = tuple(_BUILDERS)
+VISION_FAMILIES = tuple(family for family in _BUILDERS if family not in ("pixtral", "mistral3"))
+"""Those whose processors need no torchvision."""
 
 
 def tiny_vlm(
