@@ -148,8 +148,9 @@ def continuation_logprobs(
                     model, attention_mask.to(device), input_ids=input_ids.to(device), last=longest
                 )
             targets, mask = pad_batch([items[i][1] for _, i in members])
-            rows = torch.tensor([row for row, _ in members], device=device)
-            logprobs = token_logprobs(logits[rows], targets.to(device))
+            if len(members) > len(group):  # or the copy would be all there is once more
+                logits = logits[torch.tensor([row for row, _ in members], device=device)]
+            logprobs = token_logprobs(logits, targets.to(device))
             logprobs = logprobs.masked_fill(mask.to(device) == 0, 0.0)
             for (_, i), total in zip(members, logprobs.double().sum(-1).tolist(), strict=True):
                 scores[i] = ContinuationScore(total, len(items[i][1]))

@@ -355,6 +355,17 @@ def test_images(vectors: SteeringVectors) -> None:
     assert chosen["mean_margin"] == pytest.approx(fmean(m.total for m in margins), abs=1e-4)
 
 
+def test_blank_texts_are_left_out(model: PreTrainedModel, vectors: SteeringVectors) -> None:
+    drifts = []
+    for texts in (NEUTRAL, [*NEUTRAL, "", "\n"]):
+        best = tune(
+            model, TOKENIZER, PAIRS[:1], vectors, neutral_texts=texts, blocks=[[1]],
+            strengths=[0.3], max_perplexity_ratio=9, progress=False,
+        )  # fmt: skip
+        drifts.append(best.metadata["tuning"]["chosen"]["perplexity_ratio"])
+    assert drifts[0] == drifts[1]
+
+
 def test_gentler_settings_that_cost_more_are_no_choice() -> None:
     class Meter:
         rounds = SimpleNamespace(ends=[16, 32, 64])

@@ -247,6 +247,9 @@ def test_texts_under_steering() -> None:
     assert measure(model, TOKENIZER, neutral_texts=TEXTS).kl_per_token is None
     with pytest.raises(ValueError, match="at least one of two tokens"):
         read(model, TOKENIZER, [""])
+    # Without BOS a blank text has no token at all.
+    bare = tiny_tokenizer(add_bos=False)
+    assert read(model, bare, [*TEXTS, " "]) == read(model, bare, TEXTS)
 
 
 class Compiled(torch.nn.Module):

@@ -44,7 +44,8 @@ def read(
 
     Raises ValueError where no text has two tokens.
     """
-    sequences = [ids for ids in (encode_prompt(tokenizer, text) for text in texts) if len(ids) > 1]
+    encoded = (encode_prompt(tokenizer, text) for text in texts if text.strip())
+    sequences = [ids for ids in encoded if len(ids) > 1]
     if not sequences:
         raise ValueError("neutral texts need at least one of two tokens or more")
     budget: dict[str, Any] = {

@@ -73,7 +73,7 @@ class NeutralTexts:
         if texts is None:
             prompts: list[Any] = [(pair.prompt, pair.images) for pair in pairs]
         else:
-            prompts = [(text, None) for text in texts if isinstance(text, str)]
+            prompts = [(text, None) for text in texts if isinstance(text, str) and text.strip()]
         answered = [pair for pair in texts or () if not isinstance(pair, str)]
         batches = [
             *_prompt_batches(
