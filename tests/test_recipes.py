@@ -14,9 +14,12 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from grains_ext import EvaluationReport, PreferencePair, SteeringVectors
 from grains_ext.encoding import encode_pair
+from grains_ext.scoring import pair_margins
 from recipes import cost, judging
 from recipes.__main__ import main
 from recipes.data import Asked, check_disjoint, load, subject_of
+from recipes.lora import tuned_lora
+from recipes.methods import Workshop
 from recipes.recipe import Method, Recipe, read_recipe, recipe_named, recipes
 from recipes.run import Sources, run
 from recipes.smoke import judge, small_model, write_data
@@ -125,6 +128,30 @@ def test_nothing_within_the_limit_is_a_row_of_its_own(tmp_path: Path) -> None:
     # Nothing that was asked for reads attributions.
     assert not (tmp_path / "attributions").exists()
     assert cost.cost_of(recipe).tokens["attribute"] == 0
+
+
+@pytest.mark.skipif(bool(NO_PEFT), reason="peft is not installed")
+def test_an_adapter_learns_and_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    recipe = small(TEXT, ["lora"])
+    settings = {"refine": {"steps": 10}, "tune": {"max_perplexity_ratio": 1e9}}
+    recipe = replace(recipe, settings=recipe.settings | settings)
+    model, tokenizer = small_model(recipe)
+    model.to(torch.bfloat16).requires_grad_(False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    data = load(recipe, write_data(recipe, tmp_path / "data"))
+    shop = Workshop(recipe, model, tokenizer, data, tmp_path, progress=False)
+
+    def margin() -> float:
+        return fmean(each.total for each in pair_margins(model, tokenizer, data.fit))
+
+    unsteered = margin()
+    options = {"rank": 4, "learning_rates": [1e-2], "scales": [0.5, 1.0]}
+    with tuned_lora(shop, options, tmp_path / "lora")(model):
+        assert margin() > unsteered + 1
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+    assert margin() == unsteered
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
