@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 
 __all__ = [
     "ig_accumulate",
@@ -69,14 +70,15 @@ class _Op:
                 f"{self.default.name()} has no forward-mode derivative (torch.func.jvp, jacfwd); "
                 "take the function of this name in grains_ext.reference, or a backward pass"
             )
-        return self.default if _needs_gradient(*tensors) else self.direct
+        if torch.is_grad_enabled() and _any_requires_grad(*tensors):
+            return self.default
+        return self.direct
 
 
-def _needs_gradient(*tensors: Tensor | None) -> bool:
-    if torch.is_grad_enabled():
-        for given in tensors:
-            if given is not None and given.requires_grad:
-                return True
+def _any_requires_grad(*tensors: Tensor | None) -> bool:
+    for given in tensors:  # noqa: SIM110 (a generator costs more than the question)
+        if given is not None and given.requires_grad:
+            return True
     return False
 
 
@@ -323,19 +325,20 @@ def steer_add_normalize_(
     steered in a copy and copied back. No gradient: raises where one would be needed.
     """
     strength = _as_strength(strength, hidden)
-    if _needs_gradient(hidden, vectors, strength):
+    op = _STEER_ADD_NORMALIZE_.of(hidden, vectors, strength)
+    is_direct = op is _STEER_ADD_NORMALIZE_.direct
+    if not is_direct and torch.is_grad_enabled() and _any_requires_grad(hidden, vectors, strength):
         raise RuntimeError(
             "grains::steer_add_normalize_ has no gradient; use steer_add_normalize, or call it "
             "under torch.no_grad()"
         )
-    op = _STEER_ADD_NORMALIZE_.of(hidden, vectors, strength)
     if index is None and eps == _EPS:
         op(hidden, vectors, strength)
     else:
         op(hidden, vectors, strength, index, eps)
     # Autograd must see that a tensor it may have saved has changed; a compiler sees it anyway.
-    if not torch.compiler.is_compiling() and not hidden.is_inference():
-        torch.autograd.graph.increment_version(hidden)
+    if is_direct:
+        increment_version(hidden)
     return hidden
 
 
