@@ -36,18 +36,23 @@ def require_free(folder: Path, *, overwrite: bool) -> None:
 
 
 @contextmanager
-def replacing_folder(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder` to write to; it takes its place when the block ends well."""
+def replacing_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A new folder beside `folder` to write to; it takes its place when the block ends well.
+
+    Raises as require_free does, also for what another process has written there meanwhile.
+    """
+    require_free(folder, overwrite=overwrite)
     # A link stays a link to the new folder, and "." gets its name.
     folder = Path(os.path.realpath(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Not tempfile's, which would make a private folder; and no process id: in a container it is the
     # same each time, and what a killed process left behind would be in the way.
-    work = folder.with_name(f".{folder.name}.{uuid4().hex}.tmp")
+    work = _beside(folder, "tmp")
     work.mkdir()
     try:
         yield work
         _make_readable(work)
+        require_free(folder, overwrite=overwrite)
         _move_into_place(work, folder)
     except BaseException as error:
         shutil.rmtree(work, ignore_errors=True)
@@ -56,6 +61,11 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
                 error.errno, f"cannot write '{folder}': {error.strerror}. Nothing was left behind"
             ) from error
         raise
+
+
+def _beside(folder: Path, kind: str) -> Path:
+    # A name may have 255 bytes, of which the folder's own may take all.
+    return folder.with_name(f".{folder.name[:40]}.{uuid4().hex}.{kind}")
 
 
 def _make_readable(work: Path) -> None:
@@ -72,7 +82,7 @@ def _move_into_place(work: Path, folder: Path) -> None:
         os.replace(work, folder)
         return
     # A folder cannot replace one that holds files: the old one steps aside first.
-    old = folder.with_name(f".{folder.name}.{uuid4().hex}.old")
+    old = _beside(folder, "old")
     os.replace(folder, old)
     try:
         os.replace(work, folder)

@@ -10,12 +10,13 @@ import shutil
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
 
 import grains_ext
+from grains_ext.decoder import DecoderView, unwrap
 from grains_ext.export.bank import Bank
 from grains_ext.export.errors import ExportError, GraphError
 from grains_ext.export.folder import (
@@ -48,6 +49,7 @@ from grains_ext.export.verify import verify as verify_graph
 from grains_ext.export.vision_families import family_of
 from grains_ext.export.vision_runtime import ImageReader, Prompt
 from grains_ext.export.vision_trace import export_embedding, export_vision
+from grains_ext.steering.apply import SteeringHandle
 from grains_ext.vision.encoding import encode_image_prompt
 
 if TYPE_CHECKING:
@@ -100,7 +102,7 @@ def export_model(
 
     strength: the default strength in the graph; `vectors.strength` if None.
     dtype: the graph's float type, "float32" or "float16"; the model's own if None. onnxruntime's
-        CPU provider computes these two; for "bfloat16" pass verify=False.
+        CPU provider computes these two; "bfloat16" needs verify=False there.
     quantize: "int8" or "int4" weights, in blocks of 32, by onnxruntime's quantiser; embeddings,
         norms and the steering, which is injected afterwards, stay float.
     runtime: "genai" also runs the folder in onnxruntime-genai, which must be installed, and raises
@@ -121,6 +123,8 @@ def export_model(
     """
     folder = Path(folder)
     require_free(folder, overwrite=overwrite)
+    model = _bare(model)
+    _require_source_stays(model, folder)
     if quantize is not None and quantize not in BITS:
         raise ValueError(f"quantize is {quantize!r}; expected one of {[*BITS]} or None")
     if runtime not in ("ort", "genai"):
@@ -131,13 +135,15 @@ def export_model(
         require_genai()
         _genai_family(model)
     wanted = _dtype(model, dtype)
+    if verify:
+        _require_computed(wanted)
     family = family_of(model)
     processor = None if family is None else _processor(model, tokenizer)
     vectors = vectors.with_strength(vectors.strength if strength is None else strength)
     # Raises here, not after the export, where the vectors do not fit the model or a graph.
     vectors.apply(model).remove()
     Bank(vectors)
-    with replacing_folder(folder) as work:
+    with replacing_folder(folder, overwrite=overwrite) as work:
         model = _prepared(model, wanted)
         _write_companions(model, tokenizer, vectors, work)
         build = _Build(
@@ -277,6 +283,47 @@ class _Build:
             )
 
 
+def _bare(model: PreTrainedModel) -> PreTrainedModel:
+    """The model inside peft's and torch.compile's wrappers; peft's LoRA lies in its layers.
+
+    Raises ExportError where a wrapper, or a hook, does what the model inside does not.
+    """
+    for adapter in (getattr(model, "peft_config", None) or {}).values():
+        if getattr(adapter, "is_prompt_learning", False):
+            raise ExportError(
+                f"a peft adapter of type {type(adapter).__name__} puts tokens in front of every "
+                "prompt; an exported graph has no place for them"
+            )
+    bare = unwrap(model)
+    steering = SteeringHandle.__module__
+    for number, block in enumerate(DecoderView.of(bare).blocks):
+        if any(hook.__module__ == steering for hook in block._forward_hooks.values()):
+            raise ExportError(
+                f"block {number} of the model is being steered, and would be twice: call remove() "
+                "on the handle that apply() gave, or leave its `with` block, before the export"
+            )
+    return cast("PreTrainedModel", bare)
+
+
+def _require_source_stays(model: PreTrainedModel, folder: Path) -> None:
+    """Raises ValueError where the export would replace the folder that the model came from."""
+    source = Path(model.config.name_or_path or os.devnull).resolve()
+    if source.is_dir() and source.is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"'{folder}' holds the model that is exported, '{source}': give another folder"
+        )
+
+
+def _require_computed(dtype: torch.dtype) -> None:
+    """Raises ValueError for a type that onnxruntime cannot compute in here, to verify the graph."""
+    on_cuda = "CUDAExecutionProvider" in require_onnxruntime().get_available_providers()
+    if dtype == torch.bfloat16 and not on_cuda:
+        raise ValueError(
+            "the graph would be in bfloat16, in which onnxruntime does not compute on a CPU: pass "
+            "dtype='float32' or 'float16', or verify=False"
+        )
+
+
 def _processor(
     model: PreTrainedModel, given: PreTrainedTokenizerBase | ProcessorMixin | None
 ) -> ProcessorMixin:
@@ -322,7 +369,8 @@ def _write_companions(
 ) -> None:
     model.config.save_pretrained(work)
     if model.generation_config is not None:
-        model.generation_config.save_pretrained(work)
+        # save_pretrained refuses what many checkpoints have: a temperature that is not used.
+        model.generation_config.to_json_file(work / "generation_config.json")
     vectors.save_pretrained(work)
     shutil.copy2(ort_library_path(), work / LIBRARY_NAME)
     if tokenizer is None:

@@ -81,7 +81,7 @@ def write_triton(
     with ExitStack() as all_or_none:
         # They are moved into place in the reverse order, when all have been written.
         for written in reversed(graphs):
-            work = all_or_none.enter_context(replacing_folder(written))
+            work = all_or_none.enter_context(replacing_folder(written, overwrite=overwrite))
             _write(
                 loaded[written], graphs[written], work, name=written.name,
                 library=library if written == target else None,

@@ -13,7 +13,13 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from transformers import AutoConfig, AutoTokenizer, MambaConfig, MambaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MambaConfig,
+    MambaForCausalLM,
+)
 from typer.testing import CliRunner
 
 from grains_ext import cli, export
@@ -190,6 +196,91 @@ def test_models_without_a_plain_cache_are_refused_by_family(tmp_path: Path) -> N
         export.export_graph(MambaForCausalLM(config), tmp_path / "model.onnx")
 
 
+@pytest.fixture
+def no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports without what takes seconds: the unsteered graph is that of `exported_llama`."""
+    source = exported_llama().folder
+
+    def copied(model: Any, path: Path, **_: Any) -> None:
+        path.write_bytes((source / "model_unsteered.onnx").read_bytes())
+        (path.parent / "model.onnx.data").write_bytes((source / "model.onnx.data").read_bytes())
+
+    monkeypatch.setattr("grains_ext.export.model.export_graph", copied)
+
+
+def exported_to(folder: Path, model: Any = None, **options: Any) -> Path:
+    model = tiny_model("llama") if model is None else model
+    export.export_model(
+        model, tiny_tokenizer(), random_vectors(), folder, verify=False, external_data=True,
+        **options,
+    )  # fmt: skip
+    return folder
+
+
+@pytest.mark.usefixtures("no_trace")
+def test_what_a_checkpoint_says_of_generation_comes_along(tmp_path: Path) -> None:
+    """A temperature beside greedy decoding too, which transformers' save_pretrained refuses."""
+    model = tiny_model("llama")
+    model.generation_config.temperature = 0.9
+    folder = exported_to(tmp_path / "out", model)
+    saved = json.loads((folder / "generation_config.json").read_text())
+    assert saved["temperature"] == 0.9
+    assert saved["eos_token_id"] == 2
+
+
+@pytest.mark.usefixtures("no_trace")
+def test_wrapped_models_are_exported_bare(tmp_path: Path) -> None:
+    folder = exported_to(tmp_path / "out", torch.compile(tiny_model("llama")))
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_a_model_that_is_steered_already_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    with (
+        random_vectors([2]).applied(model),
+        pytest.raises(export.ExportError, match=r"block 2 .* being steered.*remove\(\)"),
+    ):
+        exported_to(tmp_path / "out", model)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_onnxruntime_does_not_compute_is_refused_before_the_export(tmp_path: Path) -> None:
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("bfloat16 is computed on CUDA")
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"bfloat16.*dtype='float32'"):
+        export.export_model(model, tiny_tokenizer(), random_vectors(), tmp_path / "out")
+
+
+def test_the_model_that_is_exported_is_not_replaced(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "models" / "llama")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "models" / "llama")
+    for folder in (tmp_path / "models" / "llama", tmp_path / "models"):
+        with pytest.raises(ValueError, match="holds the model that is exported"):
+            exported_to(folder, model, overwrite=True)
+    assert (tmp_path / "models" / "llama" / "config.json").is_file()
+
+
+@pytest.mark.usefixtures("no_trace")
+def test_the_longest_name_that_a_folder_may_have(tmp_path: Path) -> None:
+    assert (exported_to(tmp_path / ("x" * 255)) / "model.onnx").is_file()
+
+
+def test_what_another_process_exported_meanwhile_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+
+    def both() -> None:
+        with replacing_folder(folder, overwrite=False) as work:
+            (work / "model.onnx").write_text("mine")
+            with replacing_folder(folder, overwrite=False) as other:
+                (other / "model.onnx").write_text("theirs")
+
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        both()
+    assert (folder / "model.onnx").read_text() == "theirs"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_genai_must_be_there_to_export_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,17 +322,18 @@ def test_a_folder_is_replaced_at_once_or_not_at_all(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")
-    with pytest.raises(FileNotFoundError), replacing_folder(folder) as work:
+    replacing = replacing_folder(folder, overwrite=True)
+    with pytest.raises(FileNotFoundError), replacing as work:
         Path(work, "missing", "model.onnx").write_text("half")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (folder / "notes.txt").read_text() == "mine"
-    with replacing_folder(folder) as work:
+    with replacing_folder(folder, overwrite=True) as work:
         (work / "model.onnx").write_text("whole")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in folder.iterdir()] == ["model.onnx"]
 
     (tmp_path / "link").symlink_to(folder)
-    with replacing_folder(tmp_path / "link") as work:
+    with replacing_folder(tmp_path / "link", overwrite=True) as work:
         (work / "model.onnx").write_text("linked")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "out"]
     assert (tmp_path / "link").is_symlink()
