@@ -182,9 +182,10 @@ def test_bank_row_is_the_single_vector(op: str) -> None:
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("rows", [(3, 37), (5, 411)])  # 2 and 16 parts for each thread
 @pytest.mark.parametrize("op", OPS)
-def test_threads_do_not_change_the_result(op: str) -> None:
-    case = make_case(op, (3, 37), 1024, torch.float32)
+def test_threads_do_not_change_the_result(op: str, rows: tuple[int, int]) -> None:
+    case = make_case(op, rows, 1024, torch.float32)
     alone = case.run()
     torch.set_num_threads(3)
     try:
