@@ -200,7 +200,8 @@ complete() {
   "$python" -c 'import site, sys; print("\n".join(p for p in sys.path if p.endswith("-packages")))' \
     >"$(echo build/gpu/lib/python*/site-packages)/torch.pth"
   mapfile -t missing <<<"$missing"
-  build/gpu/bin/python -m pip install -q --disable-pip-version-check "${missing[@]}" || return 1
+  build/gpu/bin/python -m pip install -q --disable-pip-version-check --retries 2 \
+    "${missing[@]}" || return 1
 }
 if [[ -n $python ]]; then
   export -f complete
@@ -223,8 +224,10 @@ fi
 if [[ -n $built ]] && $sees_gpu; then
   mapfile -t tests < <(grep -lE 'mark\.gpu' tests/test_*.py)
   # Of the settings in pyproject.toml, those that fail where a plugin is missing are left out.
-  run "tests" 150 "$python" -m pytest -q -m gpu -p no:cacheprovider -o addopts= --tb=short \
-    --continue-on-collection-errors "${tests[@]}"
+  workers=()
+  "$python" -c 'import xdist' 2>/dev/null && workers=(-n 4) # the models are tiny
+  run "tests" 200 "$python" -m pytest -q -m gpu -p no:cacheprovider -o addopts= --tb=short \
+    --continue-on-collection-errors "${workers[@]}" "${tests[@]}"
   run "kernels" 150 "$python" -m benchmarks.kernels --device cuda --output "$work/kernels.json"
 elif [[ -n $built ]]; then
   record "tests" "left out" 0 "torch of $python sees no GPU: install a CUDA build of torch"
