@@ -49,7 +49,11 @@ REFINE = RefineSettings(
     steps=40, learning_rate=0.4, growth=4.0, drift_weight=30.0, pairs_per_step=25, evaluate_every=20
 )
 """Growth: a direction that costs no drift may become four times as strong; tuning decides."""
+FALLING = replace(REFINE, learning_rate=0.8, decay="linear")
+"""As far a way in as many steps, of which the last ones settle."""
+HALF = replace(FALLING, steps=20)
 FEW_STEPS = replace(REFINE, steps=10, evaluate_every=5)
+"""A rate that stays: in ten steps a falling one leaves zero far behind, on dev."""
 TOGETHER = RefineSettings(evaluate_every=10)
 """`refine`'s own settings, for all blocks together."""
 
@@ -59,6 +63,8 @@ class Run:
     """One model's bench, and what several methods share."""
 
     bench: Bench
+    signs: str | None = None
+    """Those that tuning chose for the closed form, where that is known already."""
     _attributions: dict[str, list[Attribution]] = field(default_factory=dict)
 
     @property
@@ -137,6 +143,8 @@ class Run:
         """What refining begins with."""
 
         def best_fit() -> SteeringVectors:
+            if self.signs is not None:
+                return self.fitted(signs=self.signs)
             choice = self.tuned_fit.choice
             return self.fitted(signs=choice.variant if choice else SIGNS[0])
 
@@ -280,9 +288,15 @@ METHODS: dict[str, Callable[[Run], list[Result]]] = {
     "GrAInS, refined": refined("GrAInS", REFINE),
     "CAA, refined": refined("CAA", REFINE),
     "zero, refined": refined("zero", REFINE),
+    "GrAInS, 20 steps": refined("GrAInS", HALF),
+    "CAA, 20 steps": refined("CAA", HALF),
+    "zero, 20 steps": refined("zero", HALF),
     "GrAInS, 10 steps": refined("GrAInS", FEW_STEPS),
     "CAA, 10 steps": refined("CAA", FEW_STEPS),
     "zero, 10 steps": refined("zero", FEW_STEPS),
+    "GrAInS, falling rate": refined("GrAInS", FALLING),
+    "CAA, falling rate": refined("CAA", FALLING),
+    "zero, falling rate": refined("zero", FALLING),
     "GrAInS, refined, all blocks": refined_together("GrAInS", TOGETHER),
     "CAA, refined, all blocks": refined_together("CAA", TOGETHER),
     "zero, refined, all blocks": refined_together("zero", TOGETHER),

@@ -61,6 +61,8 @@ CLOSED_RIVALS = ("random tokens", "random direction", "CAA")
 """What the closed form is to be ahead of; refined is to be ahead of every row."""
 MORE_RIVALS = ("random tokens, any", "gradient direction", "ICV", "probe (ITI)", "LAT (RepE)")
 NOT_RIVALS = ("unsteered", "prompt, no limit", REFINED)
+STARTS = ("GrAInS", "zero", "CAA")
+AFTER_STEPS = {10: "{}, 10 steps", 20: "{}, 20 steps", 40: "{}, refined"}
 FEW_RIVALS = ("zero, 10 steps", "CAA, 10 steps", "zero, refined", OURS)
 OUTPUT = Path(__file__).with_name("results") / "steering-quality.json"
 
@@ -84,7 +86,8 @@ def run_model(
     missing = [name for name in methods if name not in kept and _applies(name, world)]
     if not missing:
         return
-    run = Run(Bench(load(world, seed, worlds), Data.of(world), MAX_PERPLEXITY_RATIO))
+    bench = Bench(load(world, seed, worlds), Data.of(world), MAX_PERPLEXITY_RATIO)
+    run = Run(bench, _signs_of(kept))
     for name in missing:
         start = time.process_time()
         draws = methods[name](run)
@@ -95,6 +98,12 @@ def run_model(
         path.write_text(json.dumps(kept) + "\n")
         accuracy = np.mean([np.mean(result.right) for result in draws])
         console.print(f"{world}-{seed} {name}: {100 * accuracy:.1f} %", highlight=False)
+
+
+def _signs_of(kept: Kept) -> str | None:
+    """Which ones tuning chose for the closed form, where that was done before."""
+    choice = kept[OURS]["draws"][0]["choice"] if OURS in kept else None
+    return choice["variant"] if choice else None
 
 
 def _applies(name: str, world: WorldName) -> bool:
@@ -191,6 +200,24 @@ def pooled(
     return rows
 
 
+def equal_steps(results: Mapping[WorldName, Mapping[int, Kept]]) -> list[dict[str, Any]]:
+    """After how many steps the start matters: ours against the others, by world and in all."""
+    models = [(world, kept) for world, own in results.items() for kept in own.values()]
+    rows = []
+    for steps, name in AFTER_STEPS.items():
+        ours, *others = (name.format(start) for start in STARTS)
+        for other in others:
+            leads: dict[str, Any] = {}
+            for part in (*results, "all"):
+                own = [kept for world, kept in models if part in (world, "all")]
+                if own and all(ours in kept and other in kept for kept in own):
+                    lead = [outcomes_of(kept, ours) - outcomes_of(kept, other) for kept in own]
+                    ahead = sum(bool(values.mean() > 0) for values in lead)
+                    leads[part] = {**asdict(over_seeds(lead)), "ahead": ahead, "models": len(own)}
+            rows.append({"steps": steps, "ours": ours, "method": other, "leads": leads})
+    return rows
+
+
 def tables(report: Mapping[str, Any]) -> Iterator[Table]:
     """The report's sections for people."""
     for world in report["worlds"]:
@@ -260,6 +287,7 @@ def report_of(worlds: Path, chosen: Mapping[WorldName, Sequence[int]]) -> dict[s
             REFINED: pooled(results, [n for n in METHODS if n not in NOT_RIVALS], REFINED),
             FEW: pooled(results, FEW_RIVALS, FEW),
         },
+        "equal_steps": equal_steps(results),
         "kept": {
             world: {str(seed): kept for seed, kept in own.items()} for world, own in results.items()
         },

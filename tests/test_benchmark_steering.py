@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from benchmarks import steering_lora, steering_quality
+from benchmarks import steering_lora, steering_quality, steering_tables
 from benchmarks.steering_methods import METHODS, REFINE, Run
 from benchmarks.steering_search import (
     TRIALS_PER_BLOCK,
@@ -222,6 +222,38 @@ def test_models_that_fail_the_check_are_listed_and_do_not_count(tmp_path: Path) 
     assert caa["lead"]["mean"]["mean"] == 0.5
     assert caa["lead"]["seeds_ahead"] == 2
     assert list(steering_quality.tables(report))
+
+
+def test_a_start_is_ahead_after_few_steps_in_the_worlds_that_have_both() -> None:
+    def kept(ours: str, zero: str) -> dict[str, object]:
+        draws = {"GrAInS, 10 steps": ours, "zero, 10 steps": zero}
+        return {name: {"draws": [{"right": right}]} for name, right in draws.items()}
+
+    rows = steering_quality.equal_steps(
+        {"text": {1: kept("1110", "1000"), 2: kept("1100", "1100")}, "vision": {0: {}}}
+    )
+    [row] = [row for row in rows if row["leads"]]
+    assert (row["steps"], row["method"]) == (10, "zero, 10 steps")
+    assert list(row["leads"]) == ["text"]
+    lead = row["leads"]["text"]
+    assert (lead["mean"], lead["ahead"], lead["models"]) == (0.25, 1, 2)
+
+
+def test_the_page_of_evidence_says_what_the_results_do() -> None:
+    page = steering_tables.PAGE.read_text(encoding="utf-8")
+    report = json.loads(steering_tables.RESULTS.read_text())
+    assert steering_tables.filled(page, report) == page
+    assert all(f"<!-- table: {name} -->" in page for name in steering_tables.TABLES)
+    with pytest.raises(KeyError):
+        steering_tables.filled("<!-- table: other -->\n<!-- end -->", report)
+
+
+def test_signs_that_are_known_are_not_tuned_again() -> None:
+    run = Run(small_bench("text"), "negative")
+    start = run.starts["GrAInS"]()
+    assert "tuned_fit" not in vars(run)
+    expected = run.fitted(signs="negative")
+    assert all(torch.equal(start.directions[b], expected.directions[b]) for b in expected.blocks)
 
 
 def test_ours_and_the_prompt_are_tuned_and_judged_on_the_small_bench(
