@@ -198,12 +198,12 @@ def spy_on_calls(
     calls: list[tuple[int, int]] = []
     original = Batch.objective
 
-    def spied(self: Batch, decoder: DecoderView) -> list[Tensor]:
+    def spied(self: Batch, decoder: DecoderView, steps: Any = None) -> list[Tensor]:
         rows, columns, _ = self.embeddings.shape
         if most_rows is not None and rows > most_rows:
             raise torch.OutOfMemoryError("planted")
         calls.append((rows, columns))
-        return original(self, decoder)
+        return original(self, decoder, steps)
 
     monkeypatch.setattr(Batch, "objective", spied)
     return calls

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from grains_ext import ops
+from grains_ext.attribution.first_block import BETWEEN, Reader, ends_of, readers_of
 from grains_ext.attribution.forward import (
     NO_SHORTCUTS,
     Batch,
@@ -28,8 +28,8 @@ from grains_ext.attribution.settings import Settings
 from grains_ext.decoder import DecoderView, unwrap
 
 # What each model was found to honour, as it stood then: for rows with a tree in them or not, with a
-# prefix or not.
-_HONOURED: WeakKeyDictionary[nn.Module, dict[str, dict[tuple[bool, bool], Shortcuts]]] = (
+# prefix or not, with so many matrices that read the first block's input.
+_HONOURED: WeakKeyDictionary[nn.Module, dict[str, dict[tuple[bool, bool, int], Shortcuts]]] = (
     WeakKeyDictionary()
 )
 
@@ -44,8 +44,8 @@ _CACHED_TOKEN = 0.25
 _PADDING = 3
 # From the fastest to the one that every model allows.
 _TRIED = tuple(
-    Shortcuts(trim=trim, prefix=prefix, fused=fused)
-    for fused in (True, False)
+    Shortcuts(trim=trim, prefix=prefix, fused=fused, ends=ends)
+    for fused, ends in ((True, True), (True, False), (False, False))
     for trim, prefix in ((True, True), (True, False), (False, True), (False, False))
 )
 
@@ -81,6 +81,7 @@ class _Task:
             self.shortcuts,
             row.prefix is None,
             row.replayed is None,
+            row.ends is None,
             isinstance(row.allowed, dict),
         )
 
@@ -112,6 +113,8 @@ class Evaluator:
         last = decoder.blocks[-1]
         hooks = [*last._forward_pre_hooks, *last._forward_hooks]
         standing = f"{backend} {next(decoder.embedding.parameters()).dtype} {hooks}"
+        # What reads the first block's input, once a run of the model has shown it.
+        self._readers: Sequence[Reader] | None = None
         self._known = _HONOURED.setdefault(model, {}).setdefault(standing, {})
 
     @cached_property
@@ -209,32 +212,25 @@ class Evaluator:
         """Evaluates points of several tasks in one call, and files what was found."""
         first, _ = shares[0]
         units = [
-            Unit(task.rows, task.asked.build(task.path, part), self._objective)
+            Unit(
+                task.rows,
+                task.asked.build(task.path, part),
+                task.asked.alphas_of(part),
+                (task.asked.origin(task.path), task.path.input),
+                self._objective,
+            )
             for task, part in shares
         ]
-        batch = Batch(units, first.shortcuts, fused=self._fused)
-        if not first.asked.gradients:
-            with torch.no_grad():
-                values = batch.objective(self._decoder)
-            at_tokens = []
+        batch = Batch(units, first.shortcuts, fused=self._fused, readers=self._readers or ())
+        if first.asked.gradients:
+            values, scores = batch.scores(self._decoder)
         else:
-            batch.embeddings.requires_grad_()
-            with torch.enable_grad():
-                values = batch.objective(self._decoder)
-                # Rows do not see each other: the gradient of the sum holds every row's own.
-                (grads,) = torch.autograd.grad(torch.cat(values).sum(), batch.embeddings)
-            at_tokens = [
-                ops.ig_accumulate(
-                    batch.prompt_gradients(grads, unit)[None],
-                    task.path.input.expand(unit.n_points, -1, -1),
-                    task.asked.origin(task.path),
-                    torch.ones(1, device=grads.device),
-                ).cpu()
-                for unit, (task, _) in zip(units, shares, strict=True)
-            ]
+            with torch.no_grad():
+                values, scores = batch.objective(self._decoder), []
+        at_tokens = [part.cpu() for part in scores]
         # Nothing is filed before everything was computed: a call that fails is made again.
         for number, (task, _) in enumerate(shares):
-            task.values += values[number].detach().tolist()
+            task.values += values[number].tolist()
             task.at_tokens += at_tokens[number : number + 1]
 
     def _rows(self, prepared: Prepared) -> tuple[Sequence[Row], Shortcuts]:
@@ -243,21 +239,50 @@ class Evaluator:
             return self._preparer.rows(prepared, NO_SHORTCUTS), NO_SHORTCUTS
         rows = self._preparer.rows(prepared, Shortcuts(prefix=False))
         is_tree = any(row.packed.is_tree for row in rows)
-        like = (is_tree, self._preparer.prefix_length(prepared, rows) > 0)
+        if self._readers is None:
+            self._readers = self._find_readers(prepared)
+        n_matrices = sum(len(reader.matrices) for reader in self._readers)
+        like = (is_tree, self._preparer.prefix_length(prepared, rows) > 0, n_matrices)
         shortcuts = self._known.get(like)
         if shortcuts is None:
             shortcuts = self._known[like] = self._honoured(prepared)
-        return self._preparer.rows(prepared, shortcuts), shortcuts
+        return self._with_ends(prepared, shortcuts), shortcuts
+
+    def _find_readers(self, prepared: Prepared) -> Sequence[Reader]:
+        """None in half precisions, where the ends' products would be rounded before they are used,
+        and with one block alone, which is also the last: that one may be cut short."""
+        path = prepared.path
+        if path.input.dtype != torch.float32 or self._decoder.n_blocks < 2:
+            return ()
+        rows = self._preparer.rows(prepared, NO_SHORTCUTS)
+        batch = Batch([Unit(rows, path.input[None])], NO_SHORTCUTS)
+        return readers_of(self._decoder, partial(batch.read, self._decoder))
+
+    def _with_ends(self, prepared: Prepared, shortcuts: Shortcuts) -> Sequence[Row]:
+        """The rows of one pair with what the first block makes of their path's ends."""
+        rows = self._preparer.rows(prepared, shortcuts)
+        if not shortcuts.ends or not self._readers:
+            return rows
+        points = OnPath(np.array([0.0, 1.0, BETWEEN]), gradients=False)
+        built = points.build(prepared.path, range(3))
+        found = []
+        for row in rows:
+            batch = Batch([Unit([row], built)], shortcuts)
+            run = partial(batch.read, self._decoder)
+            found.append(replace(row, ends=ends_of(self._decoder, self._readers, run)))
+        return found
 
     @torch.no_grad()
     def _honoured(self, prepared: Prepared) -> Shortcuts:
         """The most shortcuts that leave f as it is, half-way along the path."""
         path = prepared.path
-        points = OnPath(np.array([0.5]), gradients=False).build(path, range(1))
+        asked = OnPath(np.array([0.5]), gradients=False)
+        points, alphas = asked.build(path, range(1)), asked.alphas_of(range(1))
 
         def values(shortcuts: Shortcuts, padding: int) -> Tensor:
-            rows = self._preparer.rows(prepared, shortcuts)
-            batch = Batch([Unit(rows, points)], shortcuts, padding, self._fused)
+            rows = self._with_ends(prepared, shortcuts)
+            unit = Unit(rows, points, alphas)
+            batch = Batch([unit], shortcuts, padding, self._fused, self._readers or ())
             return batch.objective(self._decoder)[0]
 
         plain = values(NO_SHORTCUTS, 0)

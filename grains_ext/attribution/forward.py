@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from grains_ext import ops
+from grains_ext.attribution.first_block import Ends, Reader, Stretch, products_from_ends
 from grains_ext.attribution.fused import NOTHING_FUSED, Fused
+from grains_ext.attribution.memory import give_back_freed
 from grains_ext.attribution.objective import ScoredLogits, WeightedLogprobs
 from grains_ext.attribution.sequences import Packed
 from grains_ext.attribution.shortcuts import head_over, last_block_at, prefix_cache
@@ -35,13 +38,15 @@ class Shortcuts:
     """What stands before the first attributed token comes from a cache."""
     fused: bool = True
     """Recognised modules run by ops of our own, on a CPU."""
+    ends: bool = True
+    """The first block's products from those at the path's ends, in float32."""
 
     @property
     def own_mask(self) -> bool:
         return self.tree or self.trim or self.prefix
 
 
-NO_SHORTCUTS = Shortcuts(tree=False, trim=False, prefix=False, fused=False)
+NO_SHORTCUTS = Shortcuts(tree=False, trim=False, prefix=False, fused=False, ends=False)
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,8 @@ class Row:
     """Arguments of the decoder stack to be forced; None for a model of text alone."""
     prefix: LayerStates | None = None
     """The cached states of the first P columns."""
+    ends: Ends | None = None
+    """What the first block makes of the path's ends, where it is known."""
 
     @property
     def n_prefix(self) -> int:
@@ -79,6 +86,10 @@ class Unit:
     rows: Sequence[Row]
     points: Tensor
     """[n, T, D]: embeddings of the prompt."""
+    alphas: Tensor | None = None
+    """float32 [n]: how far along the path they are, where they lie on it."""
+    way: tuple[Tensor, Tensor] | None = None
+    """Two ends, [T, D] each: a token's score at a point is f's derivative from one to the other."""
     scored: Callable[[ScoredLogits], Tensor] | None = None
     """The user's objective; None: the weighted log-probabilities of the rows' targets."""
 
@@ -97,8 +108,10 @@ class Batch:
     """Columns more than the longest row needs."""
     fused: Fused = NOTHING_FUSED
     """The modules that ``shortcuts.fused`` is about."""
+    readers: Sequence[Reader] = ()
+    """What ``shortcuts.ends`` is about, where the units' points lie on their paths."""
     embeddings: Tensor = field(init=False)
-    """[N, W, D], the leaf that gradients are taken of."""
+    """[N, W, D]"""
 
     def __post_init__(self) -> None:
         # For each row of the model's input, in order: its unit, its row there, its point.
@@ -117,22 +130,49 @@ class Batch:
             columns[:n_prompt] = unit.points[point, row.n_prefix :]
             columns[n_prompt:] = row.embeddings[row.n_prompt :]
 
-    def prompt_gradients(self, gradients: Tensor, unit: Unit) -> Tensor:
-        """Of the gradients [N, W, D] those at a unit's prompt, [n, T, D], summed over its rows."""
-        start = next(i for i, place in enumerate(self._places) if place[0] is unit)
-        count = unit.n_points * len(unit.rows)
-        width = gradients.shape[1]
-        total = torch.zeros_like(unit.points)
-        for number, row in enumerate(unit.rows):
-            first = width - row.n_read
-            total[:, row.n_prefix :] += gradients[
-                start + number : start + count : len(unit.rows),
-                first : first + row.n_prompt - row.n_prefix,
-            ]
-        return total
+    def scores(self, decoder: DecoderView) -> tuple[list[Tensor], list[Tensor]]:
+        """f of every unit's points, float32 [n] each, and every token's score there, [n, T].
 
-    def objective(self, decoder: DecoderView) -> list[Tensor]:
-        """f of every unit's points, float32 [n] each."""
+        A score is the derivative with respect to how far that token alone goes on its way.
+        """
+        steps = [
+            unit.points.new_zeros(unit.points.shape[:2], dtype=torch.float32, requires_grad=True)
+            for unit in self.units
+        ]
+        with torch.enable_grad():
+            values = self.objective(decoder, steps)
+            give_back_freed(decoder, self.embeddings.shape[0] * self.embeddings.shape[1])
+            # Points do not see each other: the gradient of the sum holds every point's own.
+            at_tokens = torch.autograd.grad(torch.cat(values).sum(), steps)
+        return [value.detach() for value in values], list(at_tokens)
+
+    def _stretches(self, steps: Sequence[Tensor] | None) -> list[Stretch]:
+        """What the first block's products are made of; nothing where they are not."""
+        if not self.readers or not self.shortcuts.ends:
+            return []
+        made = []
+        for number, (unit, rows) in enumerate(zip(self.units, _rows_of(self.units), strict=True)):
+            for row, places in zip(unit.rows, rows, strict=True):
+                if unit.alphas is None or row.ends is None:
+                    return []
+                alphas = unit.alphas.to(self.embeddings.device)[:, None].expand(-1, row.n_read)
+                if steps is not None:
+                    prompt = steps[number][:, row.n_prefix :]
+                    after = row.n_read - prompt.shape[1]
+                    alphas = alphas + torch.nn.functional.pad(prompt, (0, after)) * row.ends.moving
+                made.append(Stretch(row.ends, places, alphas))
+        return made
+
+    def objective(
+        self, decoder: DecoderView, steps: Sequence[Tensor] | None = None
+    ) -> list[Tensor]:
+        """f of every unit's points, float32 [n] each.
+
+        steps: zeros [n, T] for each unit, with respect to which f is then differentiable: how far
+            each token goes on its way from where it is.
+        """
+        if steps is not None:
+            self.embeddings = _OnTheirWays.apply(self.units, self.embeddings, *steps)  # type: ignore[no-untyped-call]
         rows = [row for _, row, _ in self._places]
         device = self.embeddings.device
         weighted = WeightedLogprobs.of([row.packed for row in rows], device)
@@ -144,6 +184,9 @@ class Batch:
         with ExitStack() as stack:
             if self.shortcuts.fused:
                 stack.enter_context(self.fused.running())
+            if stretches := self._stretches(steps):
+                shape = self.embeddings.shape[0], self.embeddings.shape[1]
+                stack.enter_context(products_from_ends(self.readers, stretches, shape))
             if self.shortcuts.trim:
                 stack.enter_context(last_block_at(decoder, n_scored))
             some = None if custom else weighted.vocabulary
@@ -162,6 +205,11 @@ class Batch:
             part.view(unit.n_points, len(unit.rows)).sum(-1)
             for unit, part in zip(self.units, values, strict=True)
         ]
+
+    def read(self, decoder: DecoderView) -> None:
+        """One call of the model, for hooks that look at what it does with the rows."""
+        with ExitStack() as stack:
+            self._logits(decoder, [row for _, row, _ in self._places], 1, stack)
 
     def _logits(
         self, decoder: DecoderView, rows: list[Row], n_scored: int, stack: ExitStack
@@ -194,6 +242,42 @@ class Batch:
             position_ids=positions,
             past_key_values=cache,
         )
+
+
+def _rows_of(units: Sequence[Unit]) -> Iterator[list[slice]]:
+    """For each unit, and each row of it, where a batch of these units has its points."""
+    start = 0
+    for unit in units:
+        stop, step = start + unit.n_points * len(unit.rows), len(unit.rows)
+        yield [slice(start + number, stop, step) for number in range(step)]
+        start = stop
+
+
+class _OnTheirWays(torch.autograd.Function):
+    """A batch's embeddings plus steps of length 0 along every token's way."""
+
+    @staticmethod
+    def forward(ctx: Any, units: Sequence[Unit], embeddings: Tensor, *steps: Tensor) -> Tensor:
+        ctx.units = units
+        ctx.mark_dirty(embeddings)
+        return embeddings
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        one = torch.ones(1, device=grad.device)
+        along = []
+        for unit, places in zip(ctx.units, _rows_of(ctx.units), strict=True):
+            total = grad.new_zeros(unit.points.shape[:2], dtype=torch.float32)
+            for row, part in zip(unit.rows, places, strict=True):
+                start, end = (side[row.n_prefix :] for side in unit.way)
+                first = grad.shape[1] - row.n_read
+                of_prompt = grad[None, part, first : first + len(end)]
+                total[:, row.n_prefix :] += ops.ig_accumulate(
+                    of_prompt, end.expand_as(of_prompt[0]), start, one
+                )
+            along.append(total)
+        return None, None, *along
 
 
 @torch.no_grad()

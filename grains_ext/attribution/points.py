@@ -50,6 +50,9 @@ class Points(Protocol):
     def origin(self, path: Path) -> Tensor:
         """[T, D]: a token's score is its gradient times (input - origin)."""
 
+    def alphas_of(self, part: range) -> Tensor | None:
+        """float32 [len(part)], how far along the path points are; None for others."""
+
 
 @dataclass(frozen=True)
 class OnPath:
@@ -63,10 +66,11 @@ class OnPath:
         return len(self.alphas)
 
     def build(self, path: Path, part: range) -> Tensor:
-        alphas = torch.tensor(
-            self.alphas[part.start : part.stop], dtype=torch.float32, device=path.input.device
-        )
+        alphas = self.alphas_of(part).to(path.input.device)
         return ops.ig_interpolate(path.input[None], path.baseline[None], alphas)[:, 0]
+
+    def alphas_of(self, part: range) -> Tensor:
+        return torch.tensor(self.alphas[part.start : part.stop], dtype=torch.float32)
 
     def origin(self, path: Path) -> Tensor:
         return path.baseline
@@ -97,6 +101,9 @@ class Noisy:
     def origin(self, path: Path) -> Tensor:
         return path.input.masked_fill(path.attributed[:, None], 0.0)
 
+    def alphas_of(self, part: range) -> None:
+        return None
+
 
 @dataclass(frozen=True)
 class Occluded:
@@ -118,6 +125,9 @@ class Occluded:
 
     def origin(self, path: Path) -> Tensor:
         return path.baseline
+
+    def alphas_of(self, part: range) -> None:
+        return None
 
 
 @dataclass(frozen=True)
