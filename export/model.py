@@ -284,7 +284,7 @@ class _Build:
 
 
 def _bare(model: PreTrainedModel) -> PreTrainedModel:
-    """The model inside peft's and torch.compile's wrappers; peft's LoRA lies in its layers.
+    """The model inside peft's and torch.compile's wrappers.
 
     Raises ExportError where a wrapper, or a hook, does what the model inside does not.
     """

@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -232,6 +233,13 @@ def test_what_a_checkpoint_says_of_generation_comes_along(tmp_path: Path) -> Non
 def test_wrapped_models_are_exported_bare(tmp_path: Path) -> None:
     folder = exported_to(tmp_path / "out", torch.compile(tiny_model("llama")))
     assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_adapters_that_lengthen_prompts_are_refused(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.peft_config = {"default": SimpleNamespace(is_prompt_learning=True)}
+    with pytest.raises(export.ExportError, match="puts tokens in front of every prompt"):
+        exported_to(tmp_path / "out", model)
 
 
 def test_a_model_that_is_steered_already_is_refused(tmp_path: Path) -> None:
