@@ -153,7 +153,7 @@ def test_wrong_banks() -> None:
             handle.rows([0, 3, -2])
         with pytest.raises(ValueError, match="1 strengths for 2 rows"):
             handle.rows([0, 1], strengths=[1.0])
-        with pytest.raises(ValueError, match=r"finite, got \[nan\]"):
+        with pytest.raises(ValueError, match=r"finite in float32, got \[nan\]"):
             handle.rows([0], strengths=[float("nan")])
         handle.rows([0])
         with pytest.raises(ValueError, match="given 1 entries"):

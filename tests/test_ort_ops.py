@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
+import os
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -326,6 +327,7 @@ def test_one_row_does_not_slow_its_neighbours_down(
 ) -> None:
     """The widest registers lower the clock of what runs next: a row by itself takes narrower."""
     monkeypatch.delenv("GRAINS_CPU_ISA", raising=False)
+    os.unsetenv("GRAINS_CPU_ISA")  # set_cpu_isa, of other tests, sets it behind os.environ
     model = node_model(op_type, list(random_feeds(op_type, 8)), functions=False)
     wide, narrow, own = (
         _session_of_a_copy(model, tmp_path, isa) for isa in ("avx512", "avx2", None)
