@@ -295,6 +295,7 @@ def test_wrong_arguments(model: PreTrainedModel) -> None:
         (vectors, {"decay": "cosine"}, 'decay must be "linear" or "none"'),
         (vectors, {"length": "short"}, '"at_most" or "fixed"|"fixed" or "at_most"'),
         (vectors, {"neutral_texts": []}, "neutral texts"),
+        (vectors, {"neutral_texts": "the sky is blue"}, "several texts, got one"),
     ):
         with pytest.raises(ValueError, match=reason):
             run(model, given, **options)

@@ -32,6 +32,7 @@ from grains_ext.evaluation.questions import Answered, QuestionSet, answer, quest
 from grains_ext.pairs import PreferencePair
 from grains_ext.progress import progress_bar
 from grains_ext.scoring import pair_margins
+from grains_ext.steering.neutral import several_texts
 
 if TYPE_CHECKING:
     from grains_ext.steering.vectors import SteeringVectors
@@ -448,15 +449,13 @@ def _listed(
     texts: Iterable[str] | None,
 ) -> tuple[list[PreferencePair], dict[str, Task], list[str]]:
     """All of it in memory, since every condition goes through it. Raises ValueError for nothing."""
-    if isinstance(texts, str):
-        raise ValueError("neutral_texts must be several texts, got one: put it in a list")
     if tasks is not None and not isinstance(tasks, Mapping):
         raise ValueError(f'tasks must be named, {{"name": items}}, got {type(tasks).__name__}')
     named: dict[str, Task] = {
         name: task if isinstance(task, QuestionSet) else list(task)
         for name, task in (tasks or {}).items()
     }
-    listed = list(pairs), named, list(texts or ())
+    listed = list(pairs), named, several_texts(texts) or []
     if not any(listed):
         raise ValueError("no pairs to evaluate, and no tasks or neutral texts in their place")
     if empty := [name for name, task in named.items() if isinstance(task, list) and not task]:

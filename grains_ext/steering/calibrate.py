@@ -24,7 +24,7 @@ from grains_ext.decoder import DecoderView, prompt_lengths, view_of
 from grains_ext.pair_batches import PairBatch, encode_batches
 from grains_ext.pairs import PreferencePair
 from grains_ext.progress import progress_bar
-from grains_ext.steering.neutral import Drift, Neutral, NeutralTexts
+from grains_ext.steering.neutral import Drift, Neutral, NeutralTexts, several_texts
 from grains_ext.steering.positions import Positions
 from grains_ext.steering.trials import TrialLog, hash_of_neutral, hash_of_vectors
 from grains_ext.steering.vectors import SteeringVectors
@@ -142,10 +142,8 @@ def tune(
     if not candidates:
         raise ValueError("blocks: no block set to try")
 
-    if isinstance(neutral_texts, str):
-        raise ValueError("neutral_texts must be several texts, got one: put it in a list")
+    texts = several_texts(neutral_texts)
     view = view_of(model, decoder)
-    texts = None if neutral_texts is None else list(neutral_texts)
     log = TrialLog(
         trials,
         {

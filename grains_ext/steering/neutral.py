@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,14 @@ _KEPT_ELEMENTS = 1 << 26
 
 # A text, or a pair: its chosen answer after its prompt and images.
 Neutral = str | PreferencePair
+_Text = TypeVar("_Text", bound=Neutral)
+
+
+def several_texts(neutral_texts: Iterable[_Text] | None) -> list[_Text] | None:
+    """Raises ValueError for one text, which is also a sequence: of its characters."""
+    if isinstance(neutral_texts, str):
+        raise ValueError("neutral_texts must be several texts, got one: put it in a list")
+    return None if neutral_texts is None else list(neutral_texts)
 
 
 @dataclass(frozen=True)

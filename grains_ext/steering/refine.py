@@ -23,7 +23,7 @@ from grains_ext.pairs import PreferencePair
 from grains_ext.progress import progress_bar
 from grains_ext.steering.apply import check_fits
 from grains_ext.steering.live import live_steering
-from grains_ext.steering.neutral import Neutral, NeutralTexts
+from grains_ext.steering.neutral import Neutral, NeutralTexts, several_texts
 from grains_ext.steering.vectors import SteeringVectors
 
 # Tokens of neutral text that one step looks at: enough for a mean, few beside the pairs'.
@@ -151,6 +151,7 @@ def refine(
         raise ValueError(f"no {'dev' if pairs else 'preference'} pairs to refine on")
     if vectors.strength == 0:
         raise ValueError("the vectors' strength is 0: nothing reaches the model (with_strength)")
+    texts = several_texts(neutral_texts)
     view = view_of(model, decoder)
     check_fits(vectors, view)
 
@@ -166,7 +167,7 @@ def refine(
             neutral = NeutralTexts(
                 view,
                 processor,
-                neutral_texts,
+                texts,
                 pairs,
                 separator=settings.separator,
                 max_batch_tokens=min(settings.max_batch_tokens, _NEUTRAL_TOKENS),
