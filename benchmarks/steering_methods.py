@@ -108,7 +108,10 @@ class Run:
         }
 
     def refined(self, start: SteeringVectors, settings: RefineSettings = REFINE) -> Result:
-        """The blocks of the first half, each on its own, then tuned like the rest.
+        return self.bench.tuned({"": self.refined_vectors(start, settings)})
+
+    def refined_vectors(self, start: SteeringVectors, settings: RefineSettings) -> SteeringVectors:
+        """The blocks of the first half, each on its own, to be tuned like the rest.
 
         All starts have the same strength. Later blocks were never the best for an optimised
         direction; leaving them out saves half of the time, for all starts alike.
@@ -124,7 +127,7 @@ class Run:
                 settings=settings,
             )
             vectors |= best.directions
-        return self.bench.tuned({"": replace(start, directions=vectors)})
+        return replace(start, directions=vectors)
 
     def refined_together(self, start: SteeringVectors, settings: RefineSettings) -> Result:
         """All blocks at once, at the strength that fitted vectors come with."""

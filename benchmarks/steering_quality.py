@@ -123,6 +123,7 @@ def _plain(result: Result) -> dict[str, Any]:
         "perplexity_ratio": result.perplexity_ratio,
         "trials": result.trials,
         "choice": None if result.choice is None else asdict(result.choice),
+        **({"details": result.details} if result.details else {}),
     }
 
 

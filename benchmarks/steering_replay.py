@@ -60,9 +60,15 @@ class Replay:
 
     @torch.no_grad()
     def logits(
-        self, directions: Mapping[int, Tensor] | None = None, strength: float = 0.0
+        self,
+        directions: Mapping[int, Tensor] | None = None,
+        strength: float = 0.0,
+        index: Tensor | None = None,
     ) -> Tensor:
-        """float32 [S, V] with these directions added at all positions, or unsteered."""
+        """float32 [S, V] with these directions added, or unsteered.
+
+        index: int32 [N, T], 0 where a token is steered and -1 where not; None steers all.
+        """
         steered = directions or {}
         first = min(steered, default=self.view.n_blocks - 1)
         hidden = self.outputs[first]
@@ -72,7 +78,7 @@ class Replay:
                 output = self.view.blocks[block](hidden, **self.arguments[block])
                 hidden = hidden_states_of(output)
             if block in steered:
-                hidden = ops.steer_add_normalize(hidden, steered[block].to(hidden), factor)
+                hidden = ops.steer_add_normalize(hidden, steered[block].to(hidden), factor, index)
         scored = hidden[self.rows, self.columns]
         if self.view.final_norm is not None:
             scored = self.view.final_norm(scored)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -136,6 +136,8 @@ class Result:
     choice: Choice | None
     """None where nothing was within the limit: then it is the unsteered model."""
     trials: int
+    details: dict[str, Any] = field(default_factory=dict)
+    """What else was measured, as JSON."""
 
 
 class Bench:
@@ -163,16 +165,13 @@ class Bench:
         """
         n_sets = 1 if together else self.view.n_blocks
         n_trials = TRIALS_PER_BLOCK * self.view.n_blocks // n_sets
-        shares = shares_of_limit(n_trials // len(variants))
         best: tuple[Choice, Directions] | None = None
         trials = 0
         for variant, vectors in variants.items():
             every = vectors.directions
             for steered in [every] if together else [{block: every[block]} for block in every]:
-                largest = self.largest_strength(steered)
-                for share in shares if largest is not None else ():
-                    assert largest is not None
-                    choice = self._choice(variant, steered, largest * share)
+                for strength in self.strengths(steered, n_trials // len(variants)):
+                    choice = self._choice(variant, steered, strength)
                     trials += 1
                     if best is None or choice.rank > best[0].rank:
                         best = choice, steered
@@ -180,6 +179,11 @@ class Bench:
             return self.unsteered()
         choice, directions = best
         return self._result(choice, directions, trials)
+
+    def strengths(self, directions: Directions, n: int) -> list[float]:
+        """Those to try: n shares of the largest within the limit, or none."""
+        largest = self.largest_strength(directions)
+        return [] if largest is None else [largest * share for share in shares_of_limit(n)]
 
     def largest_strength(self, directions: Directions) -> float | None:
         """Within the perplexity limit; None where even a weak push is beyond it."""
