@@ -114,6 +114,20 @@ class PromptBatch:
         """The inputs on the model's device, pixels in its dtype."""
         return _fitted(self, model)
 
+    def forward_arguments(self, model: nn.Module, *, last: int | None = None) -> dict[str, Any]:
+        """The same for one forward, which generates nothing: positions, and no cache.
+
+        last: logits of so many last columns only, where the model's forward takes logits_to_keep.
+        """
+        arguments = self.arguments(model) | {"use_cache": False}
+        accepted = inspect.signature(unwrap(model).forward).parameters
+        # With images a model makes positions of its own.
+        if "position_ids" in accepted and set(self.inputs) <= {"input_ids", "attention_mask"}:
+            arguments["position_ids"] = position_ids_of(arguments["attention_mask"])
+        if last is not None and "logits_to_keep" in accepted:
+            arguments["logits_to_keep"] = last
+        return arguments
+
 
 @dataclass(frozen=True)
 class NextTokenBatch:
@@ -253,11 +267,9 @@ def iter_prompt_batches(
     max_batch_tokens: bounds rows x (padded length + max_new_tokens) of a batch.
     Raises ValueError naming the prompt that does not encode, as "pair" and its place.
     """
-    # The answers of these pairs play no part; a pair is what every encoder takes.
-    pairs = (PreferencePair(prompt, "a", "b", tuple(images or ())) for prompt, images in prompts)
     bare = (
         (index, EncodedInputs(EncodedPair(encoded.ids.prompt_ids, (), ()), encoded.images))
-        for index, encoded in encode_each(processor, pairs)
+        for index, encoded in encode_each(processor, _as_pairs(prompts))
     )
     for members in _windows(bare, window):
         for group in _groups(members, max_batch_tokens, extra=max_new_tokens):
@@ -265,6 +277,17 @@ def iter_prompt_batches(
             rows = [each.ids.prompt_ids for each in encoded]
             inputs = _inputs(encoded, rows, pad_id_of(processor))
             yield PromptBatch(tuple(index for index, _ in group), inputs)
+
+
+def _as_pairs(
+    prompts: Iterable[tuple[str | list[Message], Sequence[Any] | None]],
+) -> Iterator[PreferencePair]:
+    """The answers of these pairs play no part; a pair is what every encoder takes."""
+    for index, (prompt, images) in enumerate(prompts):
+        try:
+            yield PreferencePair(prompt, "a", "b", tuple(images or ()))
+        except ValueError as error:
+            raise ValueError(f"pair {index}: {error}") from error
 
 
 def encode_each(

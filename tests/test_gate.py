@@ -1,15 +1,24 @@
+import math
+from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from grains_ext.decoder import DecoderView, prompt_lengths
+from grains_ext.demo import vision_world
+from grains_ext.demo.vision_run import load_vision_model
+from grains_ext.pairs import PreferencePair
 from grains_ext.scoring import pad_batch, position_ids_of
+from grains_ext.steering import SteeringVectors
 from grains_ext.steering.gate import Gate, fit_gate, score
 from tests.models import HIDDEN_SIZE, tiny_model, tiny_tokenizer
 from tests.test_apply import INPUT_IDS, random_vectors
+from tests.vision_models import tiny_vlm
 
 NEW = {"max_new_tokens": 4, "min_new_tokens": 4}
 WORDS = ("sky", "sea", "grass", "rose", "blue", "green", "red", "white", "color", "home", "note")
@@ -269,3 +278,159 @@ def test_wrong_gates(options: dict[str, Any], reason: str) -> None:
 def test_gate_of_another_model() -> None:
     with pytest.raises(ValueError, match="different models"):
         random_vectors().with_gate(Gate(0, torch.ones(HIDDEN_SIZE + 1), 0.0))
+
+
+# --- Prompts with images --------------------------------------------------------------------------
+
+
+@cache
+def vlm(family: str) -> Any:
+    return tiny_vlm(family)
+
+
+embedded = cache(load_vision_model)
+
+
+def picture(bright: bool, seed: int) -> np.ndarray:
+    low, high = (128, 256) if bright else (0, 128)
+    return np.random.default_rng(seed).integers(low, high, (24, 40, 3), dtype=np.uint8)
+
+
+def told_apart_by_pictures(processor: Any, bright: bool, n: int, seed: int) -> list[PreferencePair]:
+    """Same words inside and outside."""
+    prompts = [f"{text} {processor.image_token} what color is" for text in texts("", n, seed)]
+    return [
+        PreferencePair(prompt, "blue", "red", images=(picture(bright, 100 * seed + i),))
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def batch_of(processor: Any, pairs: Sequence[PreferencePair]) -> Any:
+    return processor(
+        text=[str(pair.prompt) for pair in pairs],
+        images=[list(pair.images or ()) for pair in pairs],
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+    )
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen3_vl"])
+@torch.no_grad()
+def test_pictures_open_a_gate_and_leave_the_other_rows_alone(family: str) -> None:
+    model, processor = vlm(family)
+    inside = told_apart_by_pictures(processor, True, 10, 1)
+    outside = told_apart_by_pictures(processor, False, 20, 2)
+    gate = fit_gate(
+        model,
+        processor,
+        [*inside[:-1], (inside[-1].prompt, inside[-1].images)],
+        outside,
+        block=1,
+        false_positive_rate=0.1,
+        max_batch_tokens=200,
+    )
+    assert gate.metadata["held_out_inside_open"] == 1.0
+    new = [
+        *told_apart_by_pictures(processor, True, 2, 3),
+        *told_apart_by_pictures(processor, False, 2, 4),
+    ]
+    inputs = batch_of(processor, [new[0], new[2], new[1], new[3]])
+    vectors = random_vectors([1, 2])
+    plain = model.generate(**inputs, **NEW, output_logits=True, return_dict_in_generate=True)
+    with vectors.applied(model, 1.5):
+        steered = model.generate(**inputs, **NEW, output_logits=True, return_dict_in_generate=True)
+    with vectors.with_gate(gate).applied(model, 1.5) as handle:
+        found = model.generate(**inputs, **NEW, output_logits=True, return_dict_in_generate=True)
+        assert handle.decisions[0].tolist() == [True, False, True, False]
+    for row, expected in enumerate((steered, plain, steered, plain)):
+        for step in range(NEW["max_new_tokens"]):
+            assert torch.equal(found.logits[step][row], expected.logits[step][row])
+    assert (steered.logits[0] != plain.logits[0]).any(-1).all()
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+@torch.no_grad()
+def test_states_of_mixed_prompts_are_those_of_the_model(family: str) -> None:
+    """Text, several pictures and one, in batches: a token gate's largest scores by hand."""
+    model, processor = vlm(family)
+    image = processor.image_token
+    inside = told_apart_by_pictures(processor, True, 6, 1)
+    prompts: list[Any] = [
+        *texts("", 4, 5),
+        *told_apart_by_pictures(processor, False, 4, 2),
+        *(
+            (f"{image} the {image} sea {n}", [picture(False, n), picture(True, n)])
+            for n in range(4)
+        ),
+    ]
+    gate = fit_gate(
+        model, processor, inside, prompts, block=1, when="token", false_positive_rate=0.2, seed=3
+    )
+    assert gate.center is not None
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(3)).tolist()
+    fitted, largest = [], []
+    for place, index in enumerate(order):
+        each = prompts[index]
+        pair = each if isinstance(each, PreferencePair) else None
+        text, images = (pair.prompt, pair.images) if pair else (each, None)
+        if isinstance(each, tuple):
+            text, images = each
+        inputs = processor(text=[text], images=list(images or ()) or None, return_tensors="pt")
+        with DecoderView.of(model).capture([1]) as captured:
+            model(**inputs)
+        states = captured[1][0, 1:]
+        if place < 6:
+            fitted.append(states)
+        else:
+            largest.append(score(states, gate.direction, gate.center, gate.kind).max())
+    torch.testing.assert_close(gate.center, torch.cat(fitted).mean(0), rtol=1e-4, atol=1e-4)
+    rank = math.ceil(7 * 0.8)
+    assert gate.threshold == pytest.approx(
+        float(torch.stack(largest).sort().values[rank - 1]), 1e-4
+    )
+
+
+def test_prompts_with_images_that_do_not_encode() -> None:
+    model, processor = vlm("llava")
+    good = told_apart_by_pictures(processor, True, 20, 1)
+    missing = [*good[:3], ("the <image> sky", ["missing.png"])]
+    with pytest.raises(ValueError, match=r"inside_prompts: pair 3: .*'missing.png' does not open"):
+        fit_gate(model, processor, missing, good, block=1, false_positive_rate=0.1)
+    with pytest.raises(ValueError, match=r"outside_prompts: pair 2: the prompt is empty"):
+        fit_gate(
+            model, processor, good, [*good[:2], " ", *good[3:]], block=1, false_positive_rate=0.1
+        )
+    with pytest.raises(ValueError, match=r"outside_prompts: pair 0: .* takes text only: pass the"):
+        fit_gate(
+            model, processor.tokenizer, texts("", 4, 0), good, block=1, false_positive_rate=0.1
+        )
+    with pytest.raises(ValueError, match=r"inside_prompts: a prompt with images is \(prompt, \["):
+        fit_gate(model, processor, [("a", "b.png")] * 4, good, block=1, false_positive_rate=0.1)
+    with pytest.raises(ValueError, match="inside_prompts must be several prompts"):
+        fit_gate(model, processor, "the sky", good, block=1)
+
+
+@pytest.mark.parametrize("when", ["prompt", "token"])
+@torch.no_grad()
+def test_the_embedded_model_with_pictures(when: str) -> None:
+    """Hints open the gate, captions do not: neither pictures nor cue words were seen before."""
+    model, processor = embedded()
+    inside, outside = (vision_world.vision_pairs("fit", 40, 0, kind) for kind in ("mix", "caption"))
+    gate = fit_gate(model, processor, inside, outside, block=1, when=when, false_positive_rate=0.05)
+    new = [
+        pair
+        for pairs in zip(
+            *(vision_world.vision_pairs("test", 20, 1, kind) for kind in ("mix", "caption")),
+            strict=True,
+        )
+        for pair in pairs
+    ]
+    inputs = batch_of(processor, new)
+    vectors = SteeringVectors({1: torch.randn(model.config.text_config.hidden_size)})
+    plain = model(**inputs).logits[:, -1]
+    with vectors.with_gate(gate).applied(model, 0.5):
+        found = model(**inputs).logits[:, -1]
+    moved = (found != plain).any(-1)
+    assert moved[::2].float().mean() > 0.9
+    assert moved[1::2].float().mean() < 0.2

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from grains_ext.attribution.shortcuts import alone_with
-from grains_ext.batching import batches, pad_batch
 from grains_ext.decoder import DecoderView, view_of
-from grains_ext.encoding import TokenIds, encode_prompt
-from grains_ext.pairs import Message
-from grains_ext.scoring import forward_logits
+from grains_ext.pair_batches import iter_prompt_batches
+from grains_ext.pairs import Message, PreferencePair
 from grains_ext.steering.probe import fit_logistic
 
-Prompt = str | list[Message]
+Text = str | list[Message]
+# With images: a pair, of which the answers play no part, or a prompt and its images.
+Prompt = Text | tuple[Text, Sequence[Any]] | PreferencePair
 KINDS = ("cosine", "probe")
 WHEN = ("prompt", "token")
 
@@ -114,15 +114,17 @@ def fit_gate(
 ) -> Gate:
     """A gate that opens for prompts like inside_prompts and stays shut for the others.
 
-    inside_prompts, outside_prompts: strings or chat messages, text only. Half of each, drawn by
-        seed, is fitted on; the other half of outside_prompts sets the threshold, that of
+    processor: the model's tokenizer, or its processor, which prompts with images need.
+    inside_prompts, outside_prompts: strings, chat messages, (prompt, images), or preference pairs,
+        of which prompt and images count; with images and without may be mixed. Half of each, drawn
+        by seed, is fitted on; the other half of outside_prompts sets the threshold, that of
         inside_prompts tells how many are let in.
     block: whose output is read: the first that is steered, or an earlier one. Middle blocks tell
         topics apart best.
     kind: "cosine": with the difference of the two means, from the outside mean. "probe": logistic
         regression; needs more prompts, finds what a difference of means does not.
-    when: see Gate. "token" is fitted on all tokens of the prompts but the first, whose state is
-        like no other's.
+    when: see Gate. "token" is fitted on all tokens of the prompts, those of images too, but the
+        first, whose state is like no other's.
     false_positive_rate: of prompts drawn like outside_prompts at most this share opens the gate,
         with "token" at any of its tokens but the first, on average over draws of the half that sets
         the threshold: the split-conformal quantile (Vovk et al. 2005; Angelopoulos & Bates 2021,
@@ -133,7 +135,10 @@ def fit_gate(
     The metadata holds the counts, the share of held-out inside prompts that open the gate, with
     "token" at any token, and the share of the held-out outside prompts that do.
 
-    Raises ValueError for too few prompts, and where the two sets look the same to this block.
+    max_batch_tokens: bounds rows x padded length of a forward, image tokens included.
+
+    Raises ValueError for too few prompts, where the two sets look the same to this block, and
+    naming the prompt that does not encode: an image that does not open, images for a tokenizer.
     """
     if not 0 < false_positive_rate < 1:
         raise ValueError(f"false_positive_rate must be in (0, 1), got {false_positive_rate}")
@@ -142,25 +147,24 @@ def fit_gate(
             raise ValueError(f"`{name}` must be one of {known}, got {value!r}")
     view = view_of(model, decoder)
     [block] = view.check_blocks([block])
-    halves = []
-    for prompts in (inside_prompts, outside_prompts):
-        ids = [encode_prompt(processor, prompt) for prompt in prompts]
-        order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed)).tolist()
-        halves += [
-            [ids[i] for i in order[: len(ids) // 2]],
-            [ids[i] for i in order[len(ids) // 2 :]],
-        ]
-    fitted_in, _, fitted_out, held_out = halves
+    sets = {"inside_prompts": inside_prompts, "outside_prompts": outside_prompts}
+    if wrong := [name for name, prompts in sets.items() if isinstance(prompts, str)]:
+        raise ValueError(f"{wrong[0]} must be several prompts, got one: put it in a list")
     needed = math.ceil(1 / false_positive_rate - 1)
-    if min(len(fitted_in), len(fitted_out)) < 2 or len(held_out) < needed:
+    n_inside, n_outside = map(len, sets.values())
+    if min(n_inside, n_outside) < 4 or n_outside - n_outside // 2 < needed:
         raise ValueError(
             f"a gate needs 4 prompts inside and {max(4, 2 * needed)} outside for a "
             f"false_positive_rate of {false_positive_rate:g} (half of them are held out), got "
-            f"{len(inside_prompts)} and {len(outside_prompts)}"
+            f"{n_inside} and {n_outside}"
         )
-    inside_rows, more_inside, outside_rows, more_outside = (
-        _states(view, ids, block, when, max_batch_tokens) for ids in halves
-    )
+    halves = []
+    for name, prompts in sets.items():
+        rows = _states(view, processor, name, prompts, block, when, max_batch_tokens)
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+        shuffled = [rows[i] for i in order]
+        halves += [shuffled[: len(rows) // 2], shuffled[len(rows) // 2 :]]
+    inside_rows, more_inside, outside_rows, more_outside = halves
     inside, outside = torch.cat(inside_rows), torch.cat(outside_rows)
     center = outside.mean(0)
     direction = inside.mean(0) - center
@@ -185,8 +189,8 @@ def fit_gate(
         "false_positive_rate": false_positive_rate,
         "held_out_inside_open": _share_above(largest_scores(more_inside), threshold),
         "held_out_outside_open": _share_above(scores, threshold),
-        "n_inside": len(inside_prompts),
-        "n_outside": len(outside_prompts),
+        "n_inside": n_inside,
+        "n_outside": n_outside,
         "seed": seed,
     }
     return Gate(block, direction, threshold, kind, center, when, metadata)
@@ -197,19 +201,42 @@ def _share_above(scores: Tensor, threshold: float) -> float:
 
 
 def _states(
-    view: DecoderView, ids: Sequence[TokenIds], block: int, when: str, max_batch_tokens: int
+    view: DecoderView,
+    processor: Any,
+    name: str,
+    prompts: Sequence[Prompt],
+    block: int,
+    when: str,
+    max_batch_tokens: int,
 ) -> list[Tensor]:
     """float32 [n, D] on the CPU of each prompt: the states that the gate will read."""
     states: dict[int, Tensor] = {}
-    with alone_with(view.model):
-        for group in batches([len(row) for row in ids], max_batch_tokens):
-            input_ids, mask = pad_batch([ids[i] for i in group])
-            with view.capture([block]) as captured:
-                ids_there, mask_there = input_ids.to(view.device), mask.to(view.device)
-                forward_logits(view.model, mask_there, input_ids=ids_there, last=1)
-            hidden = captured[block].float().cpu()
-            for i, row in zip(group, hidden, strict=True):
-                # Rows end in the last column. The first token's state is like no other's.
-                first = max(1, len(ids[i]) - 1) if when == "token" else 1
-                states[i] = row[-first:].clone()  # not the whole batch behind a view
-    return [states[i] for i in range(len(ids))]
+    try:
+        with alone_with(view.model):
+            for batch in iter_prompt_batches(
+                processor,
+                [_with_images(prompt) for prompt in prompts],
+                max_new_tokens=0,
+                max_batch_tokens=max_batch_tokens,
+            ):
+                with view.capture([block]) as captured:
+                    view.model(**batch.forward_arguments(view.model, last=1))
+                lengths = batch.inputs["attention_mask"].sum(1).tolist()
+                hidden = captured[block].float().cpu()
+                for index, length, row in zip(batch.indices, lengths, hidden, strict=True):
+                    # Rows end in the last column. The first token's state is like no other's.
+                    n_read = max(1, length - 1) if when == "token" else 1
+                    states[index] = row[-n_read:].clone()  # not the whole batch behind a view
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    return [states[index] for index in range(len(prompts))]
+
+
+def _with_images(prompt: Prompt) -> tuple[Text, Sequence[Any] | None]:
+    if isinstance(prompt, PreferencePair):
+        return prompt.prompt, prompt.images
+    if not isinstance(prompt, tuple):
+        return prompt, None
+    if len(prompt) != 2 or not isinstance(prompt[1], list | tuple):
+        raise ValueError(f"a prompt with images is (prompt, [image, ...]), got {prompt!r:.80}")
+    return prompt

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -12,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from grains_ext.batching import position_ids_of, token_divergences, token_logprobs
+from grains_ext.batching import token_divergences, token_logprobs
 from grains_ext.decoder import DecoderView, prompt_lengths, unwrap
 from grains_ext.pair_batches import PromptBatch, encode_batches, iter_prompt_batches
 from grains_ext.pairs import PreferencePair
@@ -160,12 +159,7 @@ class NeutralTexts:
 
     def _logits(self, number: int) -> Tensor:
         held, model = self._batches[number], self._view.model
-        batch = held.batch
-        arguments = batch.arguments(model) | {"use_cache": False}
-        accepts_positions = "position_ids" in inspect.signature(unwrap(model).forward).parameters
-        # With images a model makes positions of its own.
-        if accepts_positions and set(batch.inputs) <= {"input_ids", "attention_mask"}:
-            arguments["position_ids"] = position_ids_of(arguments["attention_mask"])
+        arguments = held.batch.forward_arguments(model)
         told = held.prompt_lengths
         with nullcontext() if told is None else prompt_lengths(model, told):
             logits: Tensor = model(**arguments).logits
