@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -50,11 +49,10 @@ def lora_result(bench: Bench, settings: RefineSettings) -> Result:
 
         def rise(scale: float, model: Any = model) -> float:
             with _scaled(model, scale):
-                return bench.neutral_dev.nll_in(bench.neutral_dev.replay.logits_of(model)) - (
-                    bench.dev_nll
-                )
+                logits = bench.neutral_dev.replay.logits_of(model)
+            return bench.rise(bench.neutral_dev.nlls_in(logits))
 
-        largest = largest_within(rise, bench.limit)
+        largest = largest_within(rise, bench.limit.log_ratio)
         for share in shares if largest is not None else ():
             assert largest is not None
             with _scaled(model, largest * share):
@@ -68,8 +66,8 @@ def lora_result(bench: Bench, settings: RefineSettings) -> Result:
     choice, model = best
     with _scaled(model, choice.strength):
         right = (bench.test.margins_in(bench.test.replay.logits_of(model)) > 0).tolist()
-        nll = bench.neutral_test.nll_in(bench.neutral_test.replay.logits_of(model))
-    return Result(right, math.exp(nll - bench.test_nll), choice, trials)
+        nlls = bench.neutral_test.nlls_in(bench.neutral_test.replay.logits_of(model))
+    return Result(right, bench.ratio(nlls), choice, trials)
 
 
 def _adapted(model: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -247,25 +246,22 @@ def _prompted(run: Run, *, within_limit: bool) -> Result:
         else vision_world.cue_words("look", "fit")
     )
     rng = random.Random(0)
-    best: tuple[Choice, str] | None = None
     n_trials = TRIALS_PER_BLOCK * bench.view.n_blocks
+    trials: list[tuple[Choice, str]] = []
     for trial in range(n_trials):
         instruction = " ".join(rng.choices(words, k=1 + trial % 4))
+        dev = ScoredPairs.of(run.trained, bench.view, _told(bench.data.dev, instruction))
+        trials.append((Choice.of(instruction, [], 1.0, dev.margins()), instruction))
+    for choice, instruction in sorted(trials, key=lambda trial: trial[0].rank, reverse=True):
         if within_limit:
             neutral = scored(run.trained, bench.view, _told(bench.data.neutral_dev, instruction))
-            if neutral.nll() - bench.dev_nll > bench.limit:
+            if bench.rise(neutral.nlls()) > bench.limit.log_ratio:
                 continue
-        dev = ScoredPairs.of(run.trained, bench.view, _told(bench.data.dev, instruction))
-        choice = Choice.of(instruction, [], 1.0, dev.margins())
-        if best is None or choice.rank > best[0].rank:
-            best = choice, instruction
-    if best is None:
-        return replace(bench.unsteered(), trials=n_trials)
-    choice, instruction = best
-    test = ScoredPairs.of(run.trained, bench.view, _told(bench.data.test, instruction))
-    neutral = scored(run.trained, bench.view, _told(bench.data.neutral_test, instruction))
-    ratio = math.exp(neutral.nll() - bench.test_nll)
-    return Result((test.margins() > 0).tolist(), ratio, choice, n_trials)
+        test = ScoredPairs.of(run.trained, bench.view, _told(bench.data.test, instruction))
+        neutral = scored(run.trained, bench.view, _told(bench.data.neutral_test, instruction))
+        right = (test.margins() > 0).tolist()
+        return Result(right, bench.ratio(neutral.nlls()), choice, n_trials)
+    return replace(bench.unsteered(), trials=n_trials)
 
 
 def _told(items: Iterable[Any], instruction: str) -> list[Any]:

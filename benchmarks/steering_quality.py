@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import steering_lora
 from benchmarks.steering_methods import ABLATIONS, METHODS, Run
-from benchmarks.steering_search import Bench, Result
+from benchmarks.steering_search import Bench, Limit, Result
 from benchmarks.steering_statistics import Estimate, Outcomes, over_pairs, over_seeds
 from benchmarks.steering_worlds import (
     N_DEV,
@@ -48,10 +48,15 @@ from benchmarks.steering_worlds import (
     log_of,
     train_missing,
 )
+from grains_ext.demo import vision_world
 from grains_ext.timing import environment
 
-MAX_PERPLEXITY_RATIO = 1.018
-"""Of the dev texts, so that test texts stay within 2 %."""
+LIMITS: dict[WorldName, Limit] = {
+    "text": Limit(1.018),
+    "vision": Limit(1.02, sure=len(vision_world.PLACES)),
+}
+"""Of the dev texts, so that test texts stay within 2 %. 1.018 on the mean of 2400 tokens of stories
+has an upper bound of 1.019 to 1.021; captions, few of which suffer most, need theirs looked at."""
 SEEDS: dict[WorldName, tuple[int, ...]] = {
     "text": (1, 2, 3, 4, 5),
     "vision": (0, 1, 2, 3, 4, 5, 6),
@@ -86,7 +91,7 @@ def run_model(
     missing = [name for name in methods if name not in kept and _applies(name, world)]
     if not missing:
         return
-    bench = Bench(load(world, seed, worlds), Data.of(world), MAX_PERPLEXITY_RATIO)
+    bench = Bench(load(world, seed, worlds), Data.of(world), LIMITS[world])
     run = Run(bench, _signs_of(kept))
     for name in missing:
         start = time.process_time()
@@ -281,7 +286,7 @@ def report_of(worlds: Path, chosen: Mapping[WorldName, Sequence[int]]) -> dict[s
     results = {world: own for world, own in results.items() if own}
     return {
         "pairs": {"fit": N_FIT, "dev": N_DEV, "test": N_TEST},
-        "max_perplexity_ratio": MAX_PERPLEXITY_RATIO,
+        "max_perplexity_ratio": {world: asdict(limit) for world, limit in LIMITS.items()},
         "worlds": sections,
         "pooled": {
             OURS: pooled(results, [*CLOSED_RIVALS, *MORE_RIVALS], OURS),

@@ -24,6 +24,7 @@ TRIALS_PER_BLOCK = 12
 WEAKEST, STRONGEST = 0.02, 4.0
 GUESSES = 8
 """At the largest strength within the limit, at most."""
+ONE_SIDED_95 = 1.645
 LEAST_SHARE = 0.3
 """Strengths that are tried go from this share of the largest within the limit up to all of it."""
 
@@ -66,12 +67,12 @@ class ScoredPairs:
     def margins_in(self, logits: Tensor) -> Tensor:
         return _at(logits, self.chosen) - _at(logits, self.rejected)
 
-    def nll(self, directions: Directions | None = None, strength: float = 0.0) -> float:
-        """Mean of -log p(chosen)."""
-        return self.nll_in(self.replay.logits(directions, strength))
+    def nlls(self, directions: Directions | None = None, strength: float = 0.0) -> Tensor:
+        """-log p(chosen), float32 [n]."""
+        return self.nlls_in(self.replay.logits(directions, strength))
 
-    def nll_in(self, logits: Tensor) -> float:
-        return float(-_at(logits.log_softmax(-1), self.chosen).mean())
+    def nlls_in(self, logits: Tensor) -> Tensor:
+        return -_at(logits.log_softmax(-1), self.chosen)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,18 +93,42 @@ class ScoredTexts:
         }
         return cls(Replay.of(view, inputs, rows, columns), ids[:, 1:][rows, columns])
 
-    def nll(self, directions: Directions | None = None, strength: float = 0.0) -> float:
-        """Mean of -log p over tokens."""
-        return self.nll_in(self.replay.logits(directions, strength))
+    def nlls(self, directions: Directions | None = None, strength: float = 0.0) -> Tensor:
+        """-log p by token, float32 [S]."""
+        return self.nlls_in(self.replay.logits(directions, strength))
 
-    def nll_in(self, logits: Tensor) -> float:
-        return float(-_at(logits.log_softmax(-1), self.targets).mean())
+    def nlls_in(self, logits: Tensor) -> Tensor:
+        return -_at(logits.log_softmax(-1), self.targets)
 
 
 def scored(trained: Trained, view: DecoderView, items: Sequence[Any]) -> ScoredPairs | ScoredTexts:
     """Stories or pairs, by what they are."""
     kind = ScoredTexts if isinstance(items[0], str) else ScoredPairs
     return kind.of(trained, view, items)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How much worse neutral dev texts may become.
+
+    max_ratio: of steered and unsteered perplexity.
+    sure: that ratio is to be kept by the one-sided 95 % upper bound of the mean rise, and not by
+        the mean alone. Observations are groups of so many tokens; None asks the mean alone.
+    """
+
+    max_ratio: float
+    sure: int | None = None
+
+    @property
+    def log_ratio(self) -> float:
+        return math.log(self.max_ratio)
+
+    def rise(self, nlls: Tensor, unsteered: Tensor) -> float:
+        """What is held against log_ratio; both are -log p of every scored token."""
+        if self.sure is None:
+            return float(nlls.mean() - unsteered.mean())
+        groups = (nlls - unsteered).view(-1, self.sure).mean(1)
+        return float(groups.mean() + ONE_SIDED_95 * groups.std() / math.sqrt(len(groups)))
 
 
 @dataclass(frozen=True)
@@ -143,16 +168,15 @@ class Result:
 class Bench:
     """One trained model with its pairs, encoded once."""
 
-    def __init__(self, trained: Trained, data: Data, max_perplexity_ratio: float) -> None:
-        self.trained, self.data = trained, data
+    def __init__(self, trained: Trained, data: Data, limit: Limit) -> None:
+        self.trained, self.data, self.limit = trained, data, limit
         self.view = DecoderView.of(trained.model)
-        self.limit = math.log(max_perplexity_ratio)
         self.dev = ScoredPairs.of(trained, self.view, data.dev)
         self.test = ScoredPairs.of(trained, self.view, data.test)
         self.neutral_dev = scored(trained, self.view, data.neutral_dev)
         self.neutral_test = scored(trained, self.view, data.neutral_test)
-        self.dev_nll = self.neutral_dev.nll()
-        self.test_nll = self.neutral_test.nll()
+        self.dev_nlls = self.neutral_dev.nlls()
+        self.test_nlls = self.neutral_test.nlls()
 
     def unsteered(self) -> Result:
         return Result((self.test.margins() > 0).tolist(), 1.0, None, 0)
@@ -188,16 +212,25 @@ class Bench:
     def largest_strength(self, directions: Directions) -> float | None:
         """Within the perplexity limit; None where even a weak push is beyond it."""
         return largest_within(
-            lambda strength: self.neutral_dev.nll(directions, strength) - self.dev_nll, self.limit
+            lambda strength: self.rise(self.neutral_dev.nlls(directions, strength)),
+            self.limit.log_ratio,
         )
+
+    def rise(self, nlls: Tensor) -> float:
+        """Of the neutral dev texts' loss over the unsteered one, as the limit counts it."""
+        return self.limit.rise(nlls, self.dev_nlls)
+
+    def ratio(self, nlls: Tensor) -> float:
+        """Of perplexities, of the neutral test texts."""
+        return math.exp(float(nlls.mean() - self.test_nlls.mean()))
 
     def _choice(self, variant: str, directions: Directions, strength: float) -> Choice:
         return Choice.of(variant, directions, strength, self.dev.margins(directions, strength))
 
     def _result(self, choice: Choice, directions: Directions, trials: int) -> Result:
         right = (self.test.margins(directions, choice.strength) > 0).tolist()
-        nll = self.neutral_test.nll(directions, choice.strength)
-        return Result(right, math.exp(nll - self.test_nll), choice, trials)
+        nlls = self.neutral_test.nlls(directions, choice.strength)
+        return Result(right, self.ratio(nlls), choice, trials)
 
 
 def _at(values: Tensor, columns: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -28,7 +29,7 @@ TEXT_STEPS, TEXT_LENGTH_GROUPS = 2200, 3
 
 N_FIT, N_DEV, N_TEST = 50, 100, 400
 N_STORIES, N_CAPTIONS = 60, 300
-"""Neutral ones, each of dev and test; a story has forty scored tokens, a caption has one."""
+"""Neutral stories of dev and of test, of forty scored tokens each; captions to refine with."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +52,7 @@ class Data:
     """Pairs of one seed: no entity, digit image or cue word of test is in another part.
 
     neutral_dev, neutral_test: what must not suffer, in the form of pairs whose chosen answer is
-    what an unharmed model says (captions of pictures), or of stories.
+    what an unharmed model says (`captions` of pictures), or of stories.
     """
 
     fit: list[PreferencePair]
@@ -80,9 +81,35 @@ class Data:
             pairs("dev", N_DEV, seed),
             pairs("test", N_TEST, seed),
             list(pairs("fit", N_CAPTIONS, seed, "caption")),
-            list(pairs("dev", N_CAPTIONS, seed, "caption")),
-            list(pairs("test", N_CAPTIONS, seed, "caption")),
+            captions("dev", seed),
+            captions("test", seed),
         )
+
+
+def captions(split: vision_world.Split, seed: int = 0) -> list[PreferencePair]:
+    """Every digit image of a split asked for once at each place, in pictures of four of them.
+
+    The captions of one digit image stand together, len(PLACES) of them: what a direction does to
+    the reading of an image it does at all its places, so that they count as one observation.
+    """
+    digits, places = vision_world.load_digits(split), list(vision_world.PLACES)
+    n = len(digits.labels)
+    rng = random.Random(f"captions/{split}/{seed}")
+    orders = [rng.sample(range(n), n) for _ in places]
+    pictures = [vision_world.picture_of(digits, chosen) for chosen in zip(*orders, strict=True)]
+
+    def caption(index: int, number: int) -> PreferencePair:
+        picture, place = pictures[orders[number].index(index)], places[number]
+        right = picture.digit_at(place)
+        return PreferencePair(
+            f"{vision_world.IMAGE} {vision_world.question(place)}",
+            right,
+            rng.choice([digit for digit in vision_world.DIGITS if digit != right]),
+            images=(picture.image(),),
+            id=f"caption-{split}-{index}-{place}",
+        )
+
+    return [caption(index, number) for index in range(n) for number in range(len(places))]
 
 
 def folder_of(name: WorldName, seed: int, worlds: Path) -> Path:

@@ -18,13 +18,14 @@ from benchmarks.steering_methods import METHODS, REFINE, Run
 from benchmarks.steering_search import (
     TRIALS_PER_BLOCK,
     Bench,
+    Limit,
     Result,
     ScoredPairs,
     largest_within,
     shares_of_limit,
 )
 from benchmarks.steering_statistics import over_pairs, over_seeds
-from benchmarks.steering_worlds import EMBEDDED, WORLDS, Data, WorldName, load
+from benchmarks.steering_worlds import EMBEDDED, WORLDS, Data, WorldName, captions, load
 from grains_ext.demo import vision_world, world
 from grains_ext.encoding import encode_prompt
 from grains_ext.scoring import pair_margins, perplexity
@@ -42,11 +43,11 @@ def small_bench(name: WorldName) -> Bench:
         dev=data.dev[:12],
         test=data.test[:12],
         neutral_fit=data.neutral_fit[:6],
-        neutral_dev=data.neutral_dev[:6],
-        neutral_test=data.neutral_test[:6],
+        neutral_dev=data.neutral_dev[:8],
+        neutral_test=data.neutral_test[:8],
     )
     [seed] = [seed for world, seed in EMBEDDED if world == name]
-    return Bench(load(name, seed, NOWHERE), few, 1.02)
+    return Bench(load(name, seed, NOWHERE), few, steering_quality.LIMITS[name])
 
 
 @cache
@@ -70,7 +71,8 @@ def test_a_replayed_trial_scores_what_the_steered_model_does(
     found = bench.dev.margins(vectors.directions, 0.4)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     if name == "text":
-        assert bench.neutral_dev.nll(vectors.directions, 0.4) == pytest.approx(nll, abs=1e-5)
+        found_nll = float(bench.neutral_dev.nlls(vectors.directions, 0.4).mean())
+        assert found_nll == pytest.approx(nll, abs=1e-5)
     assert not torch.allclose(found, bench.dev.margins(), atol=1e-2)
 
 
@@ -98,17 +100,46 @@ def test_methods_with_one_variant_and_with_three_get_the_same_number_of_trials(
     assert alone.trials == three.trials == TRIALS_PER_BLOCK * bench.view.n_blocks
 
 
-def test_the_chosen_setting_keeps_the_limit_on_dev_texts() -> None:
-    bench, vectors = small_bench("text"), directions("text")
+@pytest.mark.parametrize("name", WORLDS)
+def test_the_chosen_setting_keeps_the_limit_on_dev_texts(name: WorldName) -> None:
+    bench, vectors = small_bench(name), directions(name)
     choice = bench.tuned({"": vectors}).choice
     assert choice is not None
     chosen = vectors.subset(choice.blocks).directions
-    assert bench.neutral_dev.nll(chosen, choice.strength) - bench.dev_nll <= bench.limit
+    nlls = bench.neutral_dev.nlls(chosen, choice.strength)
+    mean = float(nlls.mean() - bench.dev_nlls.mean())
+    assert mean <= bench.rise(nlls) <= bench.limit.log_ratio
+
+
+def test_a_sure_limit_counts_what_tokens_of_one_group_share_once() -> None:
+    risen = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0])
+    before = torch.zeros(8)
+    alone, grouped = (Limit(1.02, sure=n).rise(risen, before) for n in (1, 4))
+    assert Limit(1.02).rise(risen, before) == 0.5
+    assert alone == pytest.approx(0.5 + 1.645 * float(risen.std()) / 8**0.5)
+    assert grouped == pytest.approx(0.5 + 1.645 * 0.5**0.5 / 2**0.5)
+
+
+def test_every_digit_image_is_asked_for_once_at_each_place() -> None:
+    asked = captions("dev")
+    digits = vision_world.load_digits("dev")
+    assert len(asked) == 4 * len(digits.labels)
+    for start in (0, 4 * 77):
+        four = asked[start : start + 4]
+        places = [vision_world.place_asked(pair) for pair in four]
+        assert places == list(vision_world.PLACES)
+        for pair, place in zip(four, places, strict=True):
+            row, column = vision_world.PLACES[place]
+            pixels = np.asarray(pair.images[0])[..., 0]
+            quarter = pixels[8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
+            expected = (digits.images[start // 4] * (255 / 16)).astype(np.uint8)
+            np.testing.assert_array_equal(quarter, expected)
+            assert pair.chosen == str(digits.labels[start // 4]) != pair.rejected
 
 
 def test_where_no_push_is_within_the_limit_it_is_the_unsteered_model() -> None:
     bench = small_bench("text")
-    strict = Bench(bench.trained, bench.data, 0.5)
+    strict = Bench(bench.trained, bench.data, Limit(0.5))
     result = strict.tuned({"": directions("text")})
     assert result.choice is None
     assert result.right == strict.unsteered().right

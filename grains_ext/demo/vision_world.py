@@ -12,6 +12,7 @@ Recognition of Handwritten Digits", CC BY 4.0), stored beside the model, so that
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -120,12 +121,20 @@ def load_digits(split: Split) -> Digits:
 
 def draw_picture(digits: Digits, rng: random.Random, *, shifts: bool = False) -> Picture:
     """Four random digits in a picture; with ``shifts``, each up to one pixel off its place."""
+    return picture_of(
+        digits, [rng.randrange(len(digits.labels)) for _ in PLACES], rng if shifts else None
+    )
+
+
+def picture_of(
+    digits: Digits, chosen: Sequence[int], shifts: random.Random | None = None
+) -> Picture:
+    """The picture of these digits, by their number in ``digits``, one for each place."""
     pixels = np.zeros((PICTURE_SIZE, PICTURE_SIZE), dtype=np.uint8)
-    chosen = [rng.randrange(len(digits.labels)) for _ in PLACES]
     for (row, column), index in zip(PLACES.values(), chosen, strict=True):
         ink = digits.images[index]
-        if shifts:
-            ink = _shifted(ink, rng.randint(-1, 1), rng.randint(-1, 1))
+        if shifts is not None:
+            ink = _shifted(ink, shifts.randint(-1, 1), shifts.randint(-1, 1))
         top, left = row * DIGIT_SIZE, column * DIGIT_SIZE
         pixels[top : top + DIGIT_SIZE, left : left + DIGIT_SIZE] = ink * (255 / MAX_INK)
     return Picture(pixels, tuple(int(digits.labels[index]) for index in chosen))
