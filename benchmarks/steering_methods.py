@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.steering_lora import lora_result
+from benchmarks.steering_refine import Refiner
 from benchmarks.steering_search import (
     TRIALS_PER_BLOCK,
     Bench,
@@ -35,7 +36,6 @@ from grains_ext.steering import (
     fit_random_direction,
     fit_random_tokens,
     fit_vti,
-    refine,
 )
 
 SIGNS = ("both", "positive", "negative")
@@ -99,6 +99,10 @@ class Run:
         return fit_caa(*self.parts)
 
     @cached_property
+    def refiner(self) -> Refiner:
+        return Refiner.of(self.bench)
+
+    @cached_property
     def limits(self) -> dict[int, float]:
         """The largest strength of the gradient's direction within the limit, by block."""
         return {
@@ -117,27 +121,14 @@ class Run:
         """
         vectors: dict[int, torch.Tensor] = {}
         for block in start.blocks[: -(-len(start.blocks) // 2)]:
-            best = refine(
-                *self.parts,
-                start.subset([block]).with_strength(self.limits[block]),
-                dev_pairs=self.bench.data.dev,
-                neutral_texts=self.bench.data.neutral_fit,
-                progress=False,
-                settings=settings,
-            )
+            one = start.subset([block]).with_strength(self.limits[block])
+            best = self.refiner(one, settings)
             vectors |= best.directions
         return replace(start, directions=vectors)
 
     def refined_together(self, start: SteeringVectors, settings: RefineSettings) -> Result:
         """All blocks at once, at the strength that fitted vectors come with."""
-        best = refine(
-            *self.parts,
-            start,
-            dev_pairs=self.bench.data.dev,
-            neutral_texts=self.bench.data.neutral_fit,
-            progress=False,
-            settings=settings,
-        )
+        best = self.refiner(start, settings)
         return self.bench.tuned({"": best}, together=True)
 
     @property

@@ -58,14 +58,13 @@ class Replay:
         outputs = tuple(captured[block] for block in range(view.n_blocks))
         return cls(view, inputs, outputs, tuple(arguments), rows, columns)
 
-    @torch.no_grad()
     def logits(
         self,
         directions: Mapping[int, Tensor] | None = None,
         strength: float = 0.0,
         index: Tensor | None = None,
     ) -> Tensor:
-        """float32 [S, V] with these directions added, or unsteered.
+        """float32 [S, V] with these directions added, differentiably in them, or unsteered.
 
         index: int32 [N, T], 0 where a token is steered and -1 where not; None steers all.
         """

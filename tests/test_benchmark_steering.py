@@ -29,7 +29,7 @@ from benchmarks.steering_worlds import EMBEDDED, WORLDS, Data, WorldName, captio
 from grains_ext.demo import vision_world, world
 from grains_ext.encoding import encode_prompt
 from grains_ext.scoring import pair_margins, perplexity
-from grains_ext.steering import SteeringVectors, fit_random_direction
+from grains_ext.steering import SteeringVectors, fit_random_direction, refine
 
 NOWHERE = Path("nowhere")
 
@@ -311,6 +311,31 @@ def test_lora_leaves_the_model_as_it_was(name: WorldName, monkeypatch: pytest.Mo
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert result.choice is None or result.choice.strength > 0
+
+
+@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize("start", ["CAA", "zero"])
+def test_refining_on_replays_is_refining(name: WorldName, start: str) -> None:
+    run = Run(small_bench(name))
+    begun = run.starts[start]().subset([0, 1]).with_strength(0.3)
+    settings = replace(REFINE, steps=4, evaluate_every=2)
+    expected = refine(
+        *run.parts,
+        begun,
+        dev_pairs=run.bench.data.dev,
+        neutral_texts=run.bench.data.neutral_fit,
+        progress=False,
+        settings=settings,
+    )
+    found = run.refiner(begun, settings)
+    known, own = (vectors.metadata["refine"] for vectors in (expected, found))
+    assert own["best_step"] == known["best_step"]
+    for mine, theirs in zip(own["curve"], known["curve"], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+    for block in begun.blocks:
+        torch.testing.assert_close(
+            found.directions[block], expected.directions[block], atol=1e-3, rtol=1e-2
+        )
 
 
 @pytest.mark.parametrize("name", WORLDS)
