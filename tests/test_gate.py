@@ -161,6 +161,50 @@ def test_each_token_by_itself(dtype: torch.dtype) -> None:
     assert not torch.equal(c[1], before[1])
 
 
+def one_token_gate(model: Any, token: int) -> Gate:
+    """One that this token passes, wherever it is, in a block that looks at no other token."""
+    states = model.model.embed_tokens.weight.detach()
+    return Gate(0, states[token], 0.99, "cosine", when="any")
+
+
+@torch.no_grad()
+def test_any_token_of_the_prompt_opens_it_and_it_holds() -> None:
+    model = tiny_model("llama")
+    for part in (model.model.layers[0].self_attn.o_proj, model.model.layers[0].mlp.down_proj):
+        part.weight.zero_()  # the first block gives what it got
+    inside, outside, first = (1, 20, 30, 40, 50), (1, 21, 31, 41, 51), (30, 22, 32, 42, 52)
+    ids = torch.tensor([inside, outside, first])
+    vectors = random_vectors([1, 2])
+    gated = vectors.with_gate(one_token_gate(model, 30))
+    plain = model.generate(ids, **NEW)
+    with vectors.applied(model, 1.5):
+        steered = model.generate(ids, **NEW)
+    assert (steered != plain).any(-1).all()
+    expected = [True, False, False]  # a first token does not count
+    static = {"cache_implementation": "static", "disable_compile": True}
+    with gated.applied(model, 1.5) as handle:
+        for options in ({}, static, {"prefill_chunk_size": 2}, {"use_cache": False}):
+            handle.prompt_length = None if options in ({}, static) else ids.shape[1]
+            found = model.generate(ids, **options, **NEW)
+            assert handle.decisions[0].tolist() == expected
+            assert torch.equal(found[1:], plain[1:])
+            if "prefill_chunk_size" not in options:  # the chunk before it is left alone
+                assert torch.equal(found[0], steered[0])
+        # What follows the prompt opens nothing.
+        handle.prompt_length = 2
+        model(ids)
+        assert handle.decisions[0].tolist() == [False] * 3
+        # Padding, whatever it is, counts as little as the first token behind it.
+        handle.prompt_length = None
+        for side in ("left", "right"):
+            padded, mask = pad_batch([inside, outside[:3], first[:3]], 30, side)
+            model(padded, attention_mask=mask, position_ids=position_ids_of(mask))
+            assert handle.decisions[0].tolist() == expected
+        padded, mask = pad_batch([inside, outside[:3], first[:3]], 30)
+        model.generate(padded, attention_mask=mask, **static, **NEW)
+        assert handle.decisions[0].tolist() == expected
+
+
 @torch.no_grad()
 def test_many_rows() -> None:
     """More than there is room for at first."""
@@ -177,7 +221,7 @@ def test_many_rows() -> None:
 
 
 @pytest.mark.parametrize("kind", ["cosine", "probe"])
-@pytest.mark.parametrize("when", ["prompt", "token"])
+@pytest.mark.parametrize("when", ["prompt", "any", "token"])
 def test_fitted_gate(kind: str, when: str) -> None:
     """Calibrated: of new outside prompts, about the chosen share opens it, and most inside ones."""
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
@@ -194,8 +238,8 @@ def test_fitted_gate(kind: str, when: str) -> None:
     )
     assert torch.equal(again.direction, gate.direction)
     assert again.threshold == gate.threshold
-    if when == "token":
-        return  # its rate: see the next test
+    if when != "prompt":
+        return  # their rate: see the next test
     assert gate.metadata["held_out_inside_open"] > 0.7
     vectors = random_vectors([1, 2]).with_gate(gate)
     opened = []
@@ -209,12 +253,13 @@ def test_fitted_gate(kind: str, when: str) -> None:
     assert opened[1] < 0.22
 
 
-@pytest.mark.parametrize("when", ["prompt", "token"])
+@pytest.mark.parametrize("when", ["prompt", "any", "token"])
 def test_calibration_holds_on_average(when: str) -> None:
     """Same distribution inside and outside: the share of new prompts let in is the rate.
 
     With "token", of prompts of which any token is let in; the first one does not count.
     """
+    vectors = random_vectors([0])
     model, tokenizer = tiny_model("llama", num_hidden_layers=1), tiny_tokenizer()
     shares = []
     for seed in range(8):
@@ -230,15 +275,19 @@ def test_calibration_holds_on_average(when: str) -> None:
             seed=seed,
         )
         ids, mask = pad_batch([tuple(tokenizer(t).input_ids) for t in pool[110:]], pad_id=3)
-        with torch.no_grad(), DecoderView.of(model).capture([0]) as captured:
+        with (
+            torch.no_grad(),
+            DecoderView.of(model).capture([0]) as captured,
+            vectors.with_gate(gate).applied(model) as handle,
+        ):
             model(ids, attention_mask=mask, position_ids=position_ids_of(mask))
-        assert gate.center is not None
-        scores = score(captured[0], gate.direction, gate.center, gate.kind)
-        if when == "prompt":
-            scores = scores[:, -1:]
-        first = mask.cumsum(1) <= 1  # the padding, and the first token
-        scores = scores.masked_fill(first, -torch.inf) if when == "token" else scores
-        shares.append(float((scores > gate.threshold).any(1).float().mean()))
+        if when == "token":
+            assert gate.center is not None
+            scores = score(captured[0], gate.direction, gate.center, gate.kind)
+            scores = scores.masked_fill(mask.cumsum(1) <= 1, -torch.inf)  # and the first token
+            shares.append(float((scores > gate.threshold).any(1).float().mean()))
+        else:
+            shares.append(float(handle.decisions[0].float().mean()))
     assert 0.1 < sum(shares) / len(shares) < 0.3
 
 
@@ -411,7 +460,7 @@ def test_prompts_with_images_that_do_not_encode() -> None:
         fit_gate(model, processor, "the sky", good, block=1)
 
 
-@pytest.mark.parametrize("when", ["prompt", "token"])
+@pytest.mark.parametrize("when", ["prompt", "any", "token"])
 @torch.no_grad()
 def test_the_embedded_model_with_pictures(when: str) -> None:
     """Hints open the gate, captions do not: neither pictures nor cue words were seen before."""

@@ -18,7 +18,7 @@ Text = str | list[Message]
 # With images: a pair, of which the answers play no part, or a prompt and its images.
 Prompt = Text | tuple[Text, Sequence[Any]] | PreferencePair
 KINDS = ("cosine", "probe")
-WHEN = ("prompt", "token")
+WHEN = ("prompt", "any", "token")
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +33,8 @@ class Gate:
     direction, center: float32 [D], finite; center is zeros by default.
     threshold: finite.
     when: "prompt" decides once per row, at the last token of the prompt, and holds for all that is
-        generated from it; "token" decides for each token from its own state.
+        generated from it; "any" likewise, and opens where any token of the prompt but the first
+        passes; "token" decides for each token from its own state.
     metadata: JSON values that say how it was made.
 
     Raises ValueError where any of this does not hold.
@@ -123,17 +124,17 @@ def fit_gate(
         topics apart best.
     kind: "cosine": with the difference of the two means, from the outside mean. "probe": logistic
         regression; needs more prompts, finds what a difference of means does not.
-    when: see Gate. "token" is fitted on all tokens of the prompts, those of images too, but the
-        first, whose state is like no other's.
+    when: see Gate. "any" and "token" are fitted on all tokens of the prompts, those of images too,
+        but the first, whose state is like no other's.
     false_positive_rate: of prompts drawn like outside_prompts at most this share opens the gate,
-        with "token" at any of its tokens but the first, on average over draws of the half that sets
-        the threshold: the split-conformal quantile (Vovk et al. 2005; Angelopoulos & Bates 2021,
-        arXiv 2107.07511) of each prompt's largest score, since the tokens of one prompt are not
-        exchangeable. Needs at least 1 / rate - 1 prompts in that half. Of tokens that are generated
-        later it says nothing.
+        with "any" and "token" at any of its tokens but the first, on average over draws of the half
+        that sets the threshold: the split-conformal quantile (Vovk et al. 2005; Angelopoulos &
+        Bates 2021, arXiv 2107.07511) of each prompt's largest score, since the tokens of one prompt
+        are not exchangeable. Needs at least 1 / rate - 1 prompts in that half. Of tokens that are
+        generated later it says nothing.
 
     The metadata holds the counts, the share of held-out inside prompts that open the gate, with
-    "token" at any token, and the share of the held-out outside prompts that do.
+    "any" and "token" at any token, and the share of the held-out outside prompts that do.
 
     max_batch_tokens: bounds rows x padded length of a forward, image tokens included.
 
@@ -225,7 +226,7 @@ def _states(
                 hidden = captured[block].float().cpu()
                 for index, length, row in zip(batch.indices, lengths, hidden, strict=True):
                     # Rows end in the last column. The first token's state is like no other's.
-                    n_read = max(1, length - 1) if when == "token" else 1
+                    n_read = 1 if when == "prompt" else max(1, length - 1)
                     states[index] = row[-n_read:].clone()  # not the whole batch behind a view
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error

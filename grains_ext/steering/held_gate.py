@@ -25,7 +25,7 @@ class HeldGate:
         self._held = _unheld(home[0] if home is not None else torch.device("cpu"), _CAPACITY)
 
     def opened(self, hidden: Tensor, forward: Forward) -> Tensor:
-        """bool [B, T] for when="token", [B, 1] for when="prompt", of block outputs [B, T, D]."""
+        """bool [B, T] for when="token", else [B, 1], of block outputs [B, T, D]."""
         if self.gate.when == "token":
             return self._passes(hidden)
         rows = hidden.shape[0]
@@ -41,11 +41,14 @@ class HeldGate:
                 )
             return held[:, None]
         self.rows = rows
-        places = forward.last_token().to(hidden.device).expand(rows)
-        passes = self._passes(hidden[torch.arange(rows, device=hidden.device), places])
-        if isinstance(ends, Tensor):
-            begins = torch.as_tensor(forward.begins(), device=hidden.device)
-            passes = torch.where(ends.to(hidden.device), passes, held & ~begins)
+        if self.gate.when == "any":
+            counted = (forward.prompt() & forward.but_first()).to(hidden.device)
+            passes = (self._passes(hidden) & counted).any(-1) | _kept(held, forward)
+        else:
+            places = forward.last_token().to(hidden.device).expand(rows)
+            passes = self._passes(hidden[torch.arange(rows, device=hidden.device), places])
+            if isinstance(ends, Tensor):
+                passes = torch.where(ends.to(hidden.device), passes, _kept(held, forward))
         # In place: what a CUDA graph of a decoding step reads is what the prompt's forward wrote.
         held.copy_(passes)
         return passes[:, None]
@@ -57,6 +60,14 @@ class HeldGate:
         direction = self._direction.on(hidden.device)
         center = self._center.on(hidden.device)
         return score(hidden, direction, center, self.gate.kind) > self.gate.threshold
+
+
+def _kept(held: Tensor, forward: Forward) -> Tensor:
+    """What earlier chunks of the prompt have decided; nothing where this is its first."""
+    begins = forward.begins()
+    if isinstance(begins, Tensor):
+        return held & ~begins.to(held.device)
+    return torch.zeros_like(held) if begins else held
 
 
 def _unheld(device: torch.device, rows: int) -> Tensor:

@@ -41,6 +41,9 @@ class Forward:
     attention_mask: Tensor | None
     logits_to_keep: int | None
     prompt_length: Tensor | None
+    pairs_mask: Tensor | None = None
+    """Which columns each token may look at, [B, heads, T, columns], where that was given: bool, or
+    what is added to the scores."""
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any], prompt_length: Mirrored | Tensor | None) -> "Forward":
@@ -80,6 +83,7 @@ class Forward:
             attention_mask=mask if isinstance(mask, Tensor) and mask.ndim == 2 else None,
             logits_to_keep=keep if isinstance(keep, int) else None,
             prompt_length=prompt_length,
+            pairs_mask=_pairs_mask(mask),
         )
 
     def columns(self) -> Tensor:
@@ -99,6 +103,19 @@ class Forward:
         places = torch.arange(self.length, device=self.device)
         real = self.attention_mask[:, -self.length :] != 0
         return torch.where(real.any(-1), torch.where(real, places, -1).amax(-1), end)
+
+    def but_first(self) -> Tensor:
+        """bool [1 or B, T]: all tokens but padding and each row's first one."""
+        if self.attention_mask is not None:
+            real = self.attention_mask != 0
+            return (real & (real.cumsum(-1) > 1))[:, -self.length :]
+        if self.pairs_mask is None:
+            return (self.columns() > 0)[None]
+        mask = self.pairs_mask[:, 0]
+        seen = mask if mask.dtype == torch.bool else mask == 0
+        tokens = torch.arange(self.length, device=self.device)
+        # Padding is what does not see itself; a first token sees nothing else.
+        return seen[:, tokens, self.columns()] & (seen.sum(-1) > 1)
 
     def ends_prompt(self) -> bool | Tensor:
         """Whether the prompt's last token is in here.
@@ -231,11 +248,18 @@ def steered_tokens(
     return None
 
 
+def _pairs_mask(mask: Any) -> Tensor | None:
+    """Of four dimensions: itself, or one of those for several kinds of attention."""
+    masks = mask.values() if isinstance(mask, Mapping) else [mask]
+    return next((m for m in masks if isinstance(m, Tensor) and m.ndim == 4), None)
+
+
 def _past_length(cache: Any) -> int | Tensor:
     if cache is None:
         return 0
     if hasattr(cache, "get_seq_length"):
         length: int | Tensor = cache.get_seq_length()
-        return length
+        # A static cache counts on in this very tensor, before the first block is done.
+        return length.clone() if isinstance(length, Tensor) else length
     # Before there were cache objects: ((keys [B, heads, T, size], values), ...) by block.
     return int(cache[0][0].shape[-2])
