@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from grains_ext.attribution import Attribution, attribute
 from grains_ext.attribution import evaluator as evaluator_module
@@ -16,7 +17,7 @@ from grains_ext.attribution.prepare import Prepared
 from grains_ext.attribution.shortcuts import head_over, last_block_at
 from grains_ext.decoder import DecoderView
 from grains_ext.pairs import PreferencePair
-from tests.models import FAMILIES, tiny_model, tiny_tokenizer
+from tests.models import FAMILIES, scale_weights, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 PROMPT = "note the sky is green q what is the color of the sky"
@@ -40,9 +41,9 @@ def scores_with(
         return run(model, **options)
 
 
-def run(model: nn.Module, **options: Any) -> list[Attribution]:
+def run(model: nn.Module, pairs: list[PreferencePair] = PAIRS, **options: Any) -> list[Attribution]:
     fixed: dict[str, Any] = {"method": "riemann_middle", "n_steps": 3, "tolerance": 10.0}
-    return attribute(model, TOKENIZER, PAIRS, progress=False, **fixed | options)
+    return attribute(model, TOKENIZER, pairs, progress=False, **fixed | options)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -122,6 +123,49 @@ def test_a_model_that_sees_padding_is_found_out(monkeypatch: pytest.MonkeyPatch)
     assert set(found_on(wrapped, monkeypatch)) == {NO_SHORTCUTS}
     for a, b in zip(run(wrapped), run(model), strict=True):
         np.testing.assert_allclose(a.scores, b.scores, rtol=1e-5, atol=1e-5)
+
+
+class CarriesOn(IgnoresMasks):
+    """Takes any mask and hides no column by it: what stands before a token is carried on to it."""
+
+    def forward(self, input_ids: Any = None, inputs_embeds: Any = None, **kwargs: Any) -> Any:
+        if inputs_embeds is None:
+            inputs_embeds = self.module.get_input_embeddings()(input_ids)
+        before = (inputs_embeds + 2e-3).cumsum(1)
+        return self.module(inputs_embeds=inputs_embeds + 0.02 * before.sin(), **kwargs)
+
+
+@pytest.mark.parametrize("kind", ["rwkv", "llama"])
+def test_a_model_that_hides_no_padding_reads_rows_of_one_length_at_a_time(kind: str) -> None:
+    model: nn.Module
+    if kind == "llama":
+        model = CarriesOn(tiny_model("llama"))
+    else:
+        sizes = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2}
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["rwkv"](**sizes)).eval()
+        scale_weights(model)
+    pairs = [PreferencePair("the " + "sky " * n, "a", "blue is") for n in (8, 7)]
+    pairs += [PreferencePair("the " + "sky " * n, "red", "blue") for n in (6, 5)]
+    for pair, result in zip(pairs, run(model, pairs), strict=True):
+        chosen, rejected = (  # one row each, alone in its call
+            run(model, [pair], objective=name, max_batch_tokens=1)[0].scores
+            for name in ("chosen", "rejected")
+        )
+        np.testing.assert_allclose(result.scores, chosen - rejected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_reads_ids_beside_their_embeddings_is_refused() -> None:
+    model: Any = tiny_model("llama")
+
+    def also_by_id(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        if kwargs.get("input_ids") is not None:
+            ids = kwargs.pop("input_ids")
+            kwargs["inputs_embeds"] = model.model.embed_tokens(ids) + ids[..., None] / 128
+        return args, kwargs
+
+    model.model.register_forward_pre_hook(also_by_id, with_kwargs=True)
+    with pytest.raises(ValueError, match="LlamaForCausalLM computes other logits from a prompt's"):
+        run(model)
 
 
 class RefusesCaches(IgnoresMasks):

@@ -26,12 +26,13 @@ from grains_ext.attribution.points import Dialogue, Evaluated, OnPath, Outcome, 
 from grains_ext.attribution.prepare import Prepared, Preparer
 from grains_ext.attribution.settings import Settings
 from grains_ext.decoder import DecoderView, unwrap
+from grains_ext.scoring import forward_logits
 
-# What each model was found to honour, as it stood then: for rows with a tree in them or not, with a
-# prefix or not, with so many matrices that read the first block's input.
-_HONOURED: WeakKeyDictionary[nn.Module, dict[str, dict[tuple[bool, bool, int], Shortcuts]]] = (
-    WeakKeyDictionary()
-)
+# Rows with a tree in them or not, with a prefix or not, with so many matrices that read the first
+# block's input; None for those that are read with no shortcut.
+_Like = tuple[bool, bool, int] | None
+# What each model was found to honour, as it stood then.
+_HONOURED: WeakKeyDictionary[nn.Module, dict[str, dict[_Like, Shortcuts]]] = WeakKeyDictionary()
 
 _log = logging.getLogger(__name__)
 
@@ -42,7 +43,9 @@ _LEAST_FILL = 0.8
 _CACHED_TOKEN = 0.25
 # Columns of padding that a model must not see when it is tried.
 _PADDING = 3
-# From the fastest to the one that every model allows.
+# What every model allows.
+_APART = replace(NO_SHORTCUTS, padded=False)
+# From the fastest on.
 _TRIED = tuple(
     Shortcuts(trim=trim, prefix=prefix, fused=fused, ends=ends)
     for fused, ends in ((True, True), (True, False), (False, False))
@@ -235,8 +238,10 @@ class Evaluator:
 
     def _rows(self, prepared: Prepared) -> tuple[Sequence[Row], Shortcuts]:
         """The rows of one pair, with the shortcuts that the model honours on its like."""
+        if not self._known:
+            self._check_embeddings(prepared)
         if not self._preparer.may_shorten(prepared):
-            return self._preparer.rows(prepared, NO_SHORTCUTS), NO_SHORTCUTS
+            return self._preparer.rows(prepared, NO_SHORTCUTS), self._without(prepared)
         rows = self._preparer.rows(prepared, Shortcuts(prefix=False))
         is_tree = any(row.packed.is_tree for row in rows)
         if self._readers is None:
@@ -247,6 +252,26 @@ class Evaluator:
         if shortcuts is None:
             shortcuts = self._known[like] = self._honoured(prepared)
         return self._with_ends(prepared, shortcuts), shortcuts
+
+    @torch.no_grad()
+    def _check_embeddings(self, prepared: Prepared) -> None:
+        """Raises ValueError for a model that reads token ids beside their embeddings.
+
+        Gemma 3n does, for inputs of its later blocks: f of embeddings would not be f of the prompt.
+        """
+        if prepared.replayed is not None:  # captured from the model on ids and pixels
+            return
+        ids = torch.tensor([prepared.ids.prompt_ids], device=prepared.embeddings.device)
+        model, mask = self._decoder.model, torch.ones_like(ids)
+        expected = forward_logits(model, mask, input_ids=ids, last=1)
+        found = forward_logits(model, mask, inputs_embeds=prepared.embeddings[None], last=1)
+        error = float((found - expected).abs().max())
+        if error > 0.01 * float(expected.abs().max()):
+            raise ValueError(
+                f"{type(unwrap(model)).__name__} computes other logits from a prompt's embeddings "
+                f"than from its token ids (by {error:.2g}): it reads ids in another place as well, "
+                "so its tokens cannot be attributed through their embeddings"
+            )
 
     def _find_readers(self, prepared: Prepared) -> Sequence[Reader]:
         """None in half precisions, where the ends' products would be rounded before they are used,
@@ -274,31 +299,47 @@ class Evaluator:
 
     @torch.no_grad()
     def _honoured(self, prepared: Prepared) -> Shortcuts:
-        """The most shortcuts that leave f as it is, half-way along the path."""
-        path = prepared.path
-        asked = OnPath(np.array([0.5]), gradients=False)
-        points, alphas = asked.build(path, range(1)), asked.alphas_of(range(1))
-
-        def values(shortcuts: Shortcuts, padding: int) -> Tensor:
-            rows = self._with_ends(prepared, shortcuts)
-            unit = Unit(rows, points, alphas)
-            batch = Batch([unit], shortcuts, padding, self._fused, self._readers or ())
-            return batch.objective(self._decoder)[0]
-
-        plain = values(NO_SHORTCUTS, 0)
-        n_terms = len(prepared.ids.chosen_ids) + len(prepared.ids.rejected_ids)
-        rounding = 16 * torch.finfo(path.input.dtype).eps * n_terms**0.5
-        tolerance = 1e-3 * plain.abs().clamp(min=1) + rounding
+        """The most shortcuts that leave f as it is."""
+        plain = self._half_way(prepared, _APART)
         for shortcuts in _TRIED:
-            try:
-                # Also padded, as rows of several lengths are: recurrent blocks take it for tokens
-                # where no mask [batch, tokens] tells them.
-                found = torch.cat([values(shortcuts, padding) for padding in (0, _PADDING)])
-            except Exception as error:  # whatever a model makes of arguments unknown to it
-                if is_out_of_memory(error):
-                    raise
-                _log.debug("%s: %s", shortcuts, error)
-                continue
-            if bool(((found - plain).abs() <= tolerance).all()):
+            if self._leaves(plain, prepared, shortcuts):
                 return shortcuts
-        return NO_SHORTCUTS
+        return self._without(prepared)
+
+    @torch.no_grad()
+    def _without(self, prepared: Prepared) -> Shortcuts:
+        """No shortcuts, and rows of several lengths together only where that leaves f as it is."""
+        if None not in self._known:
+            plain = self._half_way(prepared, _APART)
+            alike = self._leaves(plain, prepared, NO_SHORTCUTS)
+            self._known[None] = NO_SHORTCUTS if alike else _APART
+        return self._known[None]
+
+    def _leaves(self, plain: Tensor, prepared: Prepared, shortcuts: Shortcuts) -> bool:
+        """Whether f half-way along the path is that of the plain way, with padding and without.
+
+        Padded as rows of several lengths are: recurrent blocks take it for tokens where no mask
+        [batch, tokens] tells them, and some where one does.
+        """
+        try:
+            found = [self._half_way(prepared, shortcuts, padding) for padding in (0, _PADDING)]
+        except Exception as error:  # whatever a model makes of arguments unknown to it
+            if is_out_of_memory(error):
+                raise
+            _log.debug("%s: %s", shortcuts, error)
+            return False
+        n_terms = len(prepared.ids.chosen_ids) + len(prepared.ids.rejected_ids)
+        rounding = 16 * torch.finfo(prepared.path.input.dtype).eps * n_terms**0.5
+        tolerance = 1e-3 * plain.abs().clamp(min=1) + rounding
+        return bool(((torch.cat(found) - plain).abs() <= tolerance).all())
+
+    def _half_way(self, prepared: Prepared, shortcuts: Shortcuts, padding: int = 0) -> Tensor:
+        """f in the middle of the path, [1]."""
+        middle = OnPath(np.array([0.5]), gradients=False)
+        unit = Unit(
+            self._with_ends(prepared, shortcuts),
+            middle.build(prepared.path, range(1)),
+            middle.alphas_of(range(1)),
+        )
+        batch = Batch([unit], shortcuts, padding, self._fused, self._readers or ())
+        return batch.objective(self._decoder)[0]

@@ -40,6 +40,8 @@ class Shortcuts:
     """Recognised modules run by ops of our own, on a CPU."""
     ends: bool = True
     """The first block's products from those at the path's ends, in float32."""
+    padded: bool = True
+    """Rows of several lengths in one call. Some recurrent models read the padding as tokens."""
 
     @property
     def own_mask(self) -> bool:
@@ -105,7 +107,7 @@ class Batch:
     units: Sequence[Unit]
     shortcuts: Shortcuts
     padding: int = 0
-    """Columns more than the longest row needs."""
+    """Columns more than the longest row needs, to try whether a model looks at them."""
     fused: Fused = NOTHING_FUSED
     """The modules that ``shortcuts.fused`` is about."""
     readers: Sequence[Reader] = ()
@@ -125,6 +127,8 @@ class Batch:
         first = self.units[0].points
         self.embeddings = first.new_zeros(len(self._places), width, first.shape[-1])
         for number, (unit, row, point) in enumerate(self._places):
+            if self.padding:  # zeros alone, as usual, might pass a model unnoticed
+                self.embeddings[number, 1 : width - row.n_read] = row.embeddings[-1]
             columns = self.embeddings[number, width - row.n_read :]
             n_prompt = row.n_prompt - row.n_prefix
             columns[:n_prompt] = unit.points[point, row.n_prefix :]
@@ -215,29 +219,56 @@ class Batch:
         self, decoder: DecoderView, rows: list[Row], n_scored: int, stack: ExitStack
     ) -> Tensor:
         """[N, n_scored, V or as many as the head computes], of the last columns."""
-        device = self.embeddings.device
+        if self.shortcuts.padded:
+            return self._one_call(decoder, rows, self.embeddings, n_scored, stack)
+        lengths = [row.n_read for row in rows]
+        found = torch.empty(0)
+        for length in dict.fromkeys(lengths):
+            alike = [number for number, other in enumerate(lengths) if other == length]
+            logits = self._one_call(
+                decoder,
+                [rows[number] for number in alike],
+                self.embeddings[alike, -length:],
+                min(n_scored, length),
+                stack,
+            )
+            if not found.numel():
+                found = logits.new_zeros(len(rows), n_scored, logits.shape[-1])
+            found[alike, -logits.shape[1] :] = logits
+        return found
+
+    def _one_call(
+        self,
+        decoder: DecoderView,
+        rows: list[Row],
+        embeddings: Tensor,
+        n_scored: int,
+        stack: ExitStack,
+    ) -> Tensor:
+        """`_logits` of rows that stand at the right of embeddings [N, W, D]."""
+        device, width = embeddings.device, embeddings.shape[1]
         mask: Any
         if not self.shortcuts.own_mask and rows[0].replayed is None:
-            mask = torch.zeros(self.embeddings.shape[:2], dtype=torch.int64)
+            mask = torch.zeros(embeddings.shape[:2], dtype=torch.int64)
             for number, row in enumerate(rows):
-                mask[number, mask.shape[1] - row.n_read :] = 1
+                mask[number, width - row.n_read :] = 1
             return forward_logits(
-                decoder.model, mask.to(device), inputs_embeds=self.embeddings, last=n_scored
+                decoder.model, mask.to(device), inputs_embeds=embeddings, last=n_scored
             )
         cache = None
         if any(row.prefix is not None for row in rows):
             cache = prefix_cache([row.prefix or [] for row in rows], [1] * len(rows))
-        mask = _attention_mask(rows, self.embeddings)
-        positions = _position_ids(rows, self.embeddings.shape[1]).to(device)
+        mask = _attention_mask(rows, embeddings)
+        positions = _position_ids(rows, width).to(device)
         if rows[0].replayed is not None:
-            forced = _replayed(rows, self.embeddings.shape[1])
+            forced = _replayed(rows, width)
             forced |= {"attention_mask": mask, "position_ids": positions}
             stack.enter_context(replaying(decoder, forced))
             mask = None
         return forward_logits(
             decoder.model,
             mask,
-            inputs_embeds=self.embeddings,
+            inputs_embeds=embeddings,
             last=n_scored,
             position_ids=positions,
             past_key_values=cache,

@@ -89,4 +89,5 @@ def _physical_bytes() -> int:
 
 
 def _size(config: Any, names: tuple[str, ...], otherwise: int) -> int:
-    return next((int(v) for name in names if (v := getattr(config, name, None))), otherwise)
+    found = next((value for name in names if (value := getattr(config, name, None))), otherwise)
+    return int(max(found) if isinstance(found, list | tuple) else found)  # one for each block
