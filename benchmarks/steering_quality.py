@@ -1,6 +1,7 @@
 """Does the method steer better than what it is compared with? Two worlds, several seeds of each.
 
-    python -m benchmarks.steering_quality --worlds DIR [--train] [--only METHOD ...] [--ablations]
+    python -m benchmarks.steering_quality --worlds DIR [--train] [--only METHOD ...]
+        [--ablations] [--gated]
 
 Every method fits on the same 50 pairs, is tuned on the same 100 with the same number of trials and
 under the same limit on perplexity, and is judged on 400 pairs with entities, cue words and images
@@ -33,6 +34,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import steering_lora
+from benchmarks.steering_gated import GATED, gated_summary
 from benchmarks.steering_methods import ABLATIONS, METHODS, Run
 from benchmarks.steering_search import Bench, Limit, Result
 from benchmarks.steering_statistics import Estimate, Outcomes, over_pairs, over_seeds
@@ -282,6 +284,7 @@ def report_of(worlds: Path, chosen: Mapping[WorldName, Sequence[int]]) -> dict[s
             "methods": summary(own, names, REFINED),
             "methods_closed": summary(own, names, OURS),
             "ablations": summary(ablated, complete(ablated, [OURS, *ABLATIONS]), OURS),
+            "gated": gated_summary(own),
         }
     results = {world: own for world, own in results.items() if own}
     return {
@@ -301,6 +304,7 @@ def report_of(worlds: Path, chosen: Mapping[WorldName, Sequence[int]]) -> dict[s
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    every = {**METHODS, **ABLATIONS, **GATED}
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.steering_quality", description=__doc__.splitlines()[0]
     )
@@ -308,8 +312,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--world", choices=WORLDS, help="one of them alone")
     parser.add_argument("--seeds", type=int, nargs="*", help="of the training; those known to pass")
     parser.add_argument("--train", action="store_true", help="train what is missing")
-    parser.add_argument("--only", nargs="*", choices=[*METHODS, *ABLATIONS], metavar="METHOD")
+    parser.add_argument("--only", nargs="*", choices=every, metavar="METHOD")
     parser.add_argument("--ablations", action="store_true", help="the closed form's choices, too")
+    parser.add_argument("--gated", action="store_true", help="steering behind gates, too")
     parser.add_argument("--report", action="store_true", help="only read what is there")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args(arguments)
@@ -321,8 +326,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         world: options.seeds or SEEDS[world]
         for world in ([options.world] if options.world else WORLDS)
     }
-    every = {**METHODS, **ABLATIONS}
-    names = options.only or [*METHODS, *(ABLATIONS if options.ablations else ())]
+    more = [*(ABLATIONS if options.ablations else ()), *(GATED if options.gated else ())]
+    names = options.only or [*METHODS, *more]
     for world, seed in () if options.report else _models(chosen):
         if options.train:
             train_missing(world, seed, options.worlds)

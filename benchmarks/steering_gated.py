@@ -1,0 +1,313 @@
+"""With a gate: the same vectors, steering only where a condition on an early block's output holds.
+
+    python -m benchmarks.steering_quality --worlds DIR --gated
+
+The rows are rows of `steering_methods` behind a gate of `fit_gate`: the vectors of the ungated row,
+as many trials, the same limit and test pairs. Beside the accuracy they hold what steering does to
+prompts that it is not meant for, with the gate and without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.steering_methods import FEW_STEPS, REFINE, SIGNS, Run
+from benchmarks.steering_replay import Replay
+from benchmarks.steering_search import Bench, Choice, Directions, Result, ScoredPairs
+from benchmarks.steering_statistics import Outcomes, over_pairs, over_seeds
+from benchmarks.steering_worlds import WorldName
+from grains_ext.demo import vision_world, world
+from grains_ext.pairs import PreferencePair
+from grains_ext.steering import Gate, RefineSettings, SteeringVectors, fit_gate
+from grains_ext.steering.held_gate import HeldGate
+from grains_ext.steering.positions import Forward
+
+FALSE_POSITIVE_RATE = 0.05
+KIND, WHEN = "probe", "any"
+"""Chosen on dev, in one model of each world. A text is a prompt as a whole: no beginning of it
+opens a gate that the whole does not."""
+WEAKEST_SHARE, STRONGEST_SHARE = 0.5, 6.0
+"""Of the largest strength within the limit without a gate; stronger never won on dev."""
+N_ELSEWHERE = 200
+"""Prompts of each kind that are not to be steered."""
+
+Outside = Literal["texts", "prompts"]
+"""What a gate is to stay shut for: neutral texts, or these and prompts of the pairs' own form."""
+
+
+# --- Which prompts ------------------------------------------------------------------------------
+
+Elsewhere = dict[str, list[PreferencePair]]
+
+
+def elsewhere(name: WorldName, split: Literal["fit", "dev", "test"], n: int) -> Elsewhere:
+    """Prompts that are not to be steered, by kind, with the right answer chosen.
+
+    agrees: the pairs' mixture of cue words, but what is said is right: the evidence is what the
+        model believes, the hint is the digit. careful, look: two of the wanted cue words, which the
+        model obeys by itself. know, caption: the question alone.
+    """
+    if name == "text":
+        mixed = world.pairs("mix", split, seed=1, n=n)
+        others = {kind: world.pairs(kind, split, seed=1, n=n) for kind in ("careful", "know")}
+        return {"agrees": [_said(pair, pair.chosen, pair.rejected) for pair in mixed], **others}
+    pairs = vision_world.vision_pairs
+    mixed = pairs(split, n, 1)
+    return {
+        "agrees": [_said(pair, pair.rejected, pair.chosen) for pair in mixed],
+        "look": pairs(split, n, 1, "look"),
+        "caption": pairs(split, n, 1, "caption"),
+    }
+
+
+def _said(pair: PreferencePair, said: str, right: str) -> PreferencePair:
+    """The pair with `right` in place of what its prompt says."""
+    prompt = str(pair.prompt)
+    assert prompt.count(f" is {said} .") == 1
+    return replace(
+        pair, prompt=prompt.replace(f" is {said} .", f" is {right} ."), chosen=right, rejected=said
+    )
+
+
+def outside_prompts(bench: Bench, outside: Outside) -> list[Any]:
+    prompts = list(bench.data.neutral_fit)
+    if outside == "prompts":
+        kinds = elsewhere(bench.trained.world, "fit", len(bench.data.fit))
+        del kinds["agrees"]  # only what a model knows tells them from those that are to be steered
+        prompts += [pair for pairs in kinds.values() for pair in pairs]
+    return prompts
+
+
+# --- A bench behind gates -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class GatedReplay(Replay):
+    """A replay of steering behind a gate: the gate of the first steered block."""
+
+    gates: Mapping[int, Gate]
+
+    def logits(
+        self,
+        directions: Directions | None = None,
+        strength: float = 0.0,
+        index: Tensor | None = None,
+    ) -> Tensor:
+        if directions:
+            index = torch.where(self.opened(min(directions)), 0, -1).int()
+        return super().logits(directions, strength, index)
+
+    def opened(self, block: int) -> Tensor:
+        """bool [N, T]: the tokens that are steered, as a handle's gate decides."""
+        gate = self.gates[block]
+        hidden = self.outputs[gate.block]
+        rows, length = hidden.shape[:2]
+        forward = Forward(
+            rows=rows,
+            length=length,
+            device=hidden.device,
+            past=0,
+            input_ids=None,
+            attention_mask=self.inputs["attention_mask"],
+            logits_to_keep=None,
+            prompt_length=None,
+        )
+        return HeldGate(gate, None).opened(hidden, forward).expand(rows, length)
+
+    def share_open(self, block: int) -> float:
+        """Of rows."""
+        return float(self.opened(block).any(1).double().mean())
+
+
+class GatedBench(Bench):
+    """A bench whose steering of a block is behind a gate that reads the same block's output."""
+
+    def __init__(self, bench: Bench, outside: Outside) -> None:
+        vars(self).update(vars(bench))
+        self.plain = bench
+        prompts = outside_prompts(bench, outside)
+        self.gates = {
+            block: fit_gate(
+                bench.trained.model,
+                bench.trained.processor,
+                bench.data.fit,
+                prompts,
+                block=block,
+                kind=KIND,
+                when=WHEN,
+                false_positive_rate=FALSE_POSITIVE_RATE,
+            )
+            for block in range(bench.view.n_blocks)
+        }
+        self.dev, self.test = self.behind(bench.dev), self.behind(bench.test)
+        self.neutral_dev = self.behind(bench.neutral_dev)
+        self.neutral_test = self.behind(bench.neutral_test)
+
+    def behind(self, items: Any) -> Any:
+        """ScoredPairs or ScoredTexts."""
+        return replace(items, replay=GatedReplay(**vars(items.replay), gates=self.gates))
+
+    def strengths(self, directions: Directions, n: int) -> list[float]:
+        """Around the largest without a gate, in equal ratios, up to the largest with it."""
+        largest = self.largest_strength(directions)
+        if largest is None:
+            return []
+        usual = self.plain.largest_strength(directions) or largest
+        high = min(largest, STRONGEST_SHARE * usual)
+        low = min(high, WEAKEST_SHARE * usual)
+        return [float(value) for value in np.geomspace(high, low, n)]
+
+
+# --- Rows ---------------------------------------------------------------------------------------
+
+
+def gated(
+    vectors_of: Callable[[Run], SteeringVectors], outside: Outside
+) -> Callable[[Run], list[Result]]:
+    """A row: these vectors behind a gate."""
+
+    def row(run: Run) -> list[Result]:
+        vectors = {"": vectors_of(run)}
+        bench = GatedBench(run.bench, outside)
+        result, without = bench.tuned(vectors), run.bench.tuned(vectors).choice
+        if result.choice is None:
+            return [result]
+        return [replace(result, details=_details(bench, vectors[""], result.choice, without))]
+
+    return row
+
+
+def _details(
+    bench: GatedBench, vectors: SteeringVectors, choice: Choice, without: Choice | None
+) -> dict[str, Any]:
+    """The gate, how often it opens, and what is changed elsewhere, with it and ``without``."""
+    [block] = choice.blocks
+    gate = bench.gates[block]
+    kinds = elsewhere(bench.trained.world, "test", N_ELSEWHERE)
+    open_for = {"test": bench.test, "neutral": bench.neutral_test}
+    changed: dict[str, dict[str, str]] = {}
+    for kind, pairs in kinds.items():
+        plain = ScoredPairs.of(bench.trained, bench.view, pairs)
+        open_for[kind] = bench.behind(plain)
+        before = plain.replay.logits().argmax(-1)
+        answers = {"with": _answers(open_for[kind], vectors, choice)}
+        if without is not None:
+            answers["without"] = _answers(plain, vectors, without)
+        changed[kind] = {
+            "right": _bits(before == plain.chosen),
+            **{name: _bits(answer != before) for name, answer in answers.items()},
+        }
+    return {
+        "gate": {"block": gate.block, "kind": gate.kind, "when": gate.when, **gate.metadata},
+        "open": {name: items.replay.share_open(block) for name, items in open_for.items()},
+        "elsewhere": changed,
+        "choice_without": None if without is None else asdict(without),
+    }
+
+
+def _answers(items: ScoredPairs, vectors: SteeringVectors, choice: Choice) -> Tensor:
+    """int64 [n]: the likeliest next token after each prompt."""
+    steered = {block: vectors.directions[block] for block in choice.blocks}
+    return items.replay.logits(steered, choice.strength).argmax(-1)
+
+
+def _bits(values: Tensor) -> str:
+    return "".join("01"[value] for value in values.tolist())
+
+
+def _closed(run: Run) -> SteeringVectors:
+    """With the signs that tuning chose without a gate."""
+    signs = run.signs or (run.tuned_fit.choice.variant if run.tuned_fit.choice else SIGNS[0])
+    return run.fitted(signs=signs)
+
+
+@lru_cache(maxsize=1)  # rows that differ in the gate alone come one after the other
+def _refined(run: Run, start: str, settings: RefineSettings) -> SteeringVectors:
+    return run.refined_vectors(run.starts[start](), settings)
+
+
+def _from(start: str, settings: RefineSettings) -> Callable[[Run], SteeringVectors]:
+    return lambda run: _refined(run, start, settings)
+
+
+_VECTORS: dict[str, Callable[[Run], SteeringVectors]] = {
+    "GrAInS": _closed,
+    "CAA": lambda run: run.caa,
+    "GrAInS, 10 steps": _from("GrAInS", FEW_STEPS),
+    "zero, 10 steps": _from("zero", FEW_STEPS),
+    "GrAInS, refined": _from("GrAInS", REFINE),
+    "CAA, refined": _from("CAA", REFINE),
+    "zero, refined": _from("zero", REFINE),
+}
+_NAMES: dict[Outside, str] = {"texts": "{}, gated", "prompts": "{}, gated by prompts"}
+GATED: dict[str, Callable[[Run], list[Result]]] = {
+    name.format(base): gated(vectors_of, outside)
+    for base, vectors_of in _VECTORS.items()
+    for outside, name in _NAMES.items()
+}
+
+
+# --- Reading ------------------------------------------------------------------------------------
+
+
+def base_of(name: str) -> str:
+    """The row without a gate."""
+    return name.partition(", gated")[0]
+
+
+def gated_summary(results: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """By row: accuracy with and without the gate, how often it opens, what changes elsewhere."""
+    rows = []
+    for name in GATED:
+        base = base_of(name)
+        if not results or not all(name in kept and base in kept for kept in results.values()):
+            continue
+        draws = [kept[name]["draws"][0] for kept in results.values()]
+        own = [_outcomes(draw["right"]) for draw in draws]
+        usual = [_outcomes(kept[base]["draws"][0]["right"]) for kept in results.values()]
+        details = [draw["details"] for draw in draws if "details" in draw]
+        rows.append(
+            {
+                "method": name,
+                "without": asdict(over_seeds(usual)),
+                "accuracy": asdict(over_seeds(own)),
+                "by_seed": {
+                    str(seed): asdict(over_pairs(values))
+                    for seed, values in zip(results, own, strict=True)
+                },
+                "gain": asdict(over_seeds([a - b for a, b in zip(own, usual, strict=True)])),
+                "perplexity_ratio": float(np.mean([d["perplexity_ratio"] for d in draws])),
+                "largest_perplexity_ratio": max(d["perplexity_ratio"] for d in draws),
+                "open": _mean([each["open"] for each in details]),
+                "elsewhere": _elsewhere([each["elsewhere"] for each in details]),
+            }
+        )
+    return rows
+
+
+def _elsewhere(seeds: Sequence[Mapping[str, Mapping[str, str]]]) -> dict[str, dict[str, Any]]:
+    """By kind: how many are right unsteered, and how many answers steering changes."""
+    found: dict[str, dict[str, Any]] = {}
+    for kind in seeds[0] if seeds else ():
+        found[kind] = {
+            name: asdict(over_seeds([_outcomes(seed[kind][name]) for seed in seeds]))
+            for name in ("right", "without", "with")
+            if all(name in seed[kind] for seed in seeds)
+        }
+    return found
+
+
+def _mean(shares: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    names = shares[0] if shares else ()
+    return {name: float(np.mean([each[name] for each in shares])) for name in names}
+
+
+def _outcomes(bits: str) -> Outcomes:
+    return np.array([float(bit) for bit in bits])
