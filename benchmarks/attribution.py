@@ -83,6 +83,7 @@ CPU_CASES = (
     Case("llama-110m", 128, 1, 2, 8),
     Case("llama-110m", 64, 8, 1, 8, with_slow=True),
     Case("llama-110m", 128, 8, 2, 8),
+    Case("llama-110m", 128, 8, 1, 32),
 )
 QUICK_CASES = (Case("embedded", 23, 1, 8, 8), Case("llama-15m", 64, 4, 1, 8, with_slow=True))
 CUDA_CASES = (

@@ -14,7 +14,6 @@ from transformers import DynamicCache
 from grains_ext import ops
 from grains_ext.attribution.first_block import Ends, Reader, Stretch, products_from_ends
 from grains_ext.attribution.fused import NOTHING_FUSED, Fused
-from grains_ext.attribution.memory import give_back_freed
 from grains_ext.attribution.objective import ScoredLogits, WeightedLogprobs
 from grains_ext.attribution.sequences import Packed
 from grains_ext.attribution.shortcuts import head_over, last_block_at, prefix_cache
@@ -145,7 +144,6 @@ class Batch:
         ]
         with torch.enable_grad():
             values = self.objective(decoder, steps)
-            give_back_freed(decoder, self.embeddings.shape[0] * self.embeddings.shape[1])
             # Points do not see each other: the gradient of the sum holds every point's own.
             at_tokens = torch.autograd.grad(torch.cat(values).sum(), steps)
         return [value.detach() for value in values], list(at_tokens)

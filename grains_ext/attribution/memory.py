@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
 from typing import Any
 
 import torch
@@ -13,9 +11,7 @@ from grains_ext.decoder import DecoderView, unwrap
 
 # On a CPU, what one call may keep by the prediction. The process grows by a tenth less to a tenth
 # more (docs/benchmarks.md).
-_CPU_BYTES = 590 << 20
-# A call that keeps less is not worth the page faults of `give_back_freed`.
-_WORTH_GIVING_BACK = 256 << 20
+_CPU_BYTES = 560 << 20
 # On a GPU: the share of the free memory.
 _GPU_SHARE = 0.6
 _LEAST, _MOST = 64, 1 << 17
@@ -60,20 +56,6 @@ def automatic_budget(decoder: DecoderView, *, fused: bool = False) -> tuple[int,
     # The logits, their float32 copy and its gradient.
     logits = weight.shape[0] * (2 * weight.element_size() + 8)
     return int(min(_MOST, max(_LEAST, available // per_token))), logits / per_token
-
-
-def give_back_freed(decoder: DecoderView, n_tokens: int) -> None:
-    """Returns what a forward of so many tokens has freed, where it lies between what is kept.
-
-    glibc before 2.38 does not reuse the aligned blocks that PyTorch frees for others of their size:
-    the backward would grow the process beside them.
-    """
-    on_cpu = next(decoder.embedding.parameters()).device.type == "cpu"
-    kept = n_tokens * activation_bytes(decoder, fused=True)
-    if sys.platform == "linux" and on_cpu and kept > _WORTH_GIVING_BACK:
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # not every libc has it
-        if trim is not None:
-            trim(0)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
