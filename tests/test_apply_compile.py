@@ -21,7 +21,7 @@ Step = tuple[list[float], list[int]]  # the strengths of both members, the membe
 
 STEPS: list[Step] = [([1.0, 0.5], [0, 1]), ([0.4, 2.0], [0, 1]), ([0.4, 0.0], [-1, 1])]
 STEPS += [([0.4, 2.0], [1, 0]), ([1.0, 0.5], [0, 0])]
-WAYS = ("last", "gates")
+WAYS = ("last", "gates", pytest.param("any", marks=pytest.mark.slow))
 
 
 def two_members(model: nn.Module, way: str, device: str = "cpu") -> tuple[SteeringBank, Any]:
@@ -30,7 +30,8 @@ def two_members(model: nn.Module, way: str, device: str = "cpu") -> tuple[Steeri
     if way == "last":
         return SteeringBank(members), "last"
     ids = INPUT_IDS.to(device)
-    gates = [halfway_gate(model, ids, when="prompt"), halfway_gate(model, ids, when="token")]
+    whens = ("any", "any") if way == "any" else ("prompt", "token")
+    gates = [halfway_gate(model, ids, when=when) for when in whens]
     return SteeringBank([v.with_gate(g) for v, g in zip(members, gates, strict=True)]), "all"
 
 
