@@ -89,7 +89,7 @@ def run_model(
 ) -> None:
     """Adds the methods that the model's file has not yet, each as soon as it is done."""
     path = _results_path(world, seed, worlds)
-    kept: Kept = json.loads(path.read_text()) if path.is_file() else {}
+    kept = _kept_in(path)
     missing = [name for name in methods if name not in kept and _applies(name, world)]
     if not missing:
         return
@@ -98,13 +98,19 @@ def run_model(
     for name in missing:
         start = time.process_time()
         draws = methods[name](run)
-        kept[name] = {
+        row = {
             "draws": [_plain(result) for result in draws],
             "cpu_seconds": round(time.process_time() - start, 2),
         }
-        path.write_text(json.dumps(kept) + "\n")
+        # Another process may have added rows of this model meanwhile.
+        path.write_text(json.dumps(_kept_in(path) | {name: row}) + "\n")
         accuracy = np.mean([np.mean(result.right) for result in draws])
         console.print(f"{world}-{seed} {name}: {100 * accuracy:.1f} %", highlight=False)
+
+
+def _kept_in(path: Path) -> Kept:
+    kept: Kept = json.loads(path.read_text()) if path.is_file() else {}
+    return kept
 
 
 def _signs_of(kept: Kept) -> str | None:
