@@ -343,8 +343,9 @@ def test_the_model_is_left_as_it_was() -> None:
     run(model, PAIRS[:1], **FIXED)
     assert model.training
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
-    with torch.no_grad():  # a caller's no_grad must not silence the gradients
-        run(model, PAIRS[:1], n_steps=16)
+    for without in (torch.no_grad, torch.inference_mode):  # a caller's must not silence gradients
+        with without():
+            run(model, PAIRS[:1], n_steps=16)
 
 
 def test_a_model_under_training_with_gradient_checkpointing() -> None:

@@ -125,6 +125,15 @@ def test_one_modality_alone(family: str) -> None:
         assert c.converged
 
 
+def test_a_system_prompt_before_an_image_is_left_out() -> None:
+    """Its template writes no BOS, so that the tokenizer adds one."""
+    system = {"role": "system", "content": "note the truth"}
+    pair = PreferencePair([system, *asked("the sky")], "red", "white", images=(picture(),))
+    (result,) = run("llava", [pair], attributed_span="after_system", **FIXED)
+    first = int(np.flatnonzero(result.scores)[0])
+    assert "".join(result.tokens[:first]) == "<bos>system:note the truth\nuser:"
+
+
 def test_image_baselines_differ_and_all_are_complete() -> None:
     results = {kind: run("llava", image_baseline=kind)[0] for kind in ("mean", "blur", "zero")}
     baselines = {round(result.f_baseline, 4) for result in results.values()}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from grains_ext.attribution.evaluator import Evaluator
@@ -122,8 +123,9 @@ def attribute(
         separator=separator,
     )
     check_share(limit, shard)
-    run = _Run(model, tokenizer, list(pairs), settings, decoder)
-    return carry_out(run, output_dir=output_dir, limit=limit, shard=shard, progress=progress)
+    with torch.inference_mode(False):  # a caller's would leave nothing to differentiate
+        run = _Run(model, tokenizer, list(pairs), settings, decoder)
+        return carry_out(run, output_dir=output_dir, limit=limit, shard=shard, progress=progress)
 
 
 @dataclass

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from grains_ext.attribution.sequences import common_prefix
-from grains_ext.encoding import TokenIds, encode_prompt
-from grains_ext.pairs import PreferencePair
+from grains_ext.encoding import TokenIds, encode_text, prompt_text
+from grains_ext.pairs import Message, PreferencePair
 
 Span = tuple[int, int] | Literal["after_system"] | None
 
@@ -50,11 +50,27 @@ def _system_tokens(tokenizer: Any, pair: PreferencePair, prompt_ids: TokenIds) -
     if not system:
         return 0
     # What stays the same whatever the user says; two openings, as the real one may equal either.
-    others = (
-        encode_prompt(tokenizer, [*system, {"role": "user", "content": opening}])
-        for opening in ("0", "Z")
+    # Processors have BOS added where the template writes none; the way that was taken shares more.
+    return max(
+        min(
+            common_prefix(prompt_ids, encode_text(tokenizer, text, [], add_special_tokens=added)[0])
+            for text in (_opened(tokenizer, pair, system, opening) for opening in ("0", "Z"))
+        )
+        for added in (False, True)
     )
-    return min(common_prefix(prompt_ids, other) for other in others)
+
+
+def _opened(tokenizer: Any, pair: PreferencePair, system: list[Message], opening: str) -> str:
+    """The system prompt and the user's first words, through the chat template."""
+    messages = [*system, {"role": "user", "content": opening}]
+    if pair.images:  # as prompts with images are written: in parts
+        messages = [
+            {**message, "content": [{"type": "text", "text": message["content"]}]}
+            if isinstance(message["content"], str)
+            else message
+            for message in messages
+        ]
+    return prompt_text(tokenizer, messages)[0]
 
 
 def _is_place(value: object) -> bool:
