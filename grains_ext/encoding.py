@@ -168,12 +168,17 @@ def prompt_text(tokenizer: Any, prompt: str | list[Message]) -> tuple[str, bool]
         )
     # A last turn by the assistant is a beginning that the continuation completes.
     answered = prompt[-1]["role"] == "assistant"
-    text = tokenizer.apply_chat_template(
-        list(prompt),
-        tokenize=False,
-        add_generation_prompt=not answered,
-        continue_final_message=answered,
-    )
+    try:
+        text = tokenizer.apply_chat_template(
+            list(prompt),
+            tokenize=False,
+            add_generation_prompt=not answered,
+            continue_final_message=answered,
+        )
+    except Exception as error:
+        if type(error).__module__ != "jinja2.exceptions":
+            raise
+        raise ValueError(f"the chat template does not take these messages: {error}") from error
     return text, True
 
 

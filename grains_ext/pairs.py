@@ -65,6 +65,12 @@ class PreferencePair:
                 raise ValueError(f"`{name}` must be a string, got {_shown(text)}")
             if not text.strip():
                 raise ValueError(f"the {name} answer is empty")
+        said = [self.prompt, self.chosen, self.rejected, self.id]
+        try:
+            json.dumps(said, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise ValueError(f"{half!r} is half of a surrogate pair, which no text has") from error
         if self.chosen.strip() == self.rejected.strip():
             raise ValueError(f"chosen and rejected are the same: {_shown(self.chosen)}")
         for image in self.images or ():

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from grains_ext.attribution import Attribution, attribute
 from grains_ext.attribution.forward import Batch
@@ -303,6 +303,31 @@ def test_the_objectives_add_up() -> None:
 def test_an_objective_must_return_a_value_for_each_point() -> None:
     with pytest.raises(ValueError, match=r"one value for each of the 2 points.*got \[\]"):
         run(cached_model("llama"), PAIRS, **FIXED, objective=lambda scored: torch.zeros(()))
+
+
+def test_an_objective_must_have_a_gradient() -> None:
+    with pytest.raises(ValueError, match="no gradient with respect to the logits"):
+        run(
+            cached_model("llama"),
+            PAIRS,
+            **FIXED,
+            objective=lambda scored: scored.chosen_logits.detach().sum((-1, -2)),
+        )
+
+
+def test_models_that_cannot_be_attributed() -> None:
+    with pytest.raises(ValueError, match=r"in torch.float64; expected float32.*model.float\(\)"):
+        run(tiny_model("gpt2", num_hidden_layers=1).double(), PAIRS)
+    config = T5Config(vocab_size=128, d_model=32, d_ff=64, num_layers=1, num_heads=4, d_kv=8)
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration has an encoder"):
+        run(T5ForConditionalGeneration(config), PAIRS)
+
+
+def test_a_chat_template_that_refuses_names_the_pair() -> None:
+    tokenizer = tiny_tokenizer(chat_template="{{ raise_exception('no system role') }}")
+    pair = PreferencePair([{"role": "system", "content": "the"}], "blue", "red", id="s")
+    with pytest.raises(ValueError, match=r"pair 0 \(id 's'\): the chat template.*no system role"):
+        attribute(cached_model("llama"), tokenizer, [pair])
 
 
 def test_only_the_span_is_attributed() -> None:

@@ -5,9 +5,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from grains_ext.attribution import Attribution, attribute, load_attributions, runs
 from grains_ext.attribution.engine import _Run
+from grains_ext.attribution.runs import hash_of_pairs
 from grains_ext.pairs import PreferencePair
 from tests.models import WORDS, tiny_model, tiny_tokenizer
 
@@ -103,3 +105,31 @@ def test_another_model_of_the_same_name_is_kept_out(tmp_path: Path) -> None:
     run(output_dir=tmp_path, limit=1)
     with pytest.raises(ValueError, match=r"another run.*weights"):
         attribute(tiny_model("llama", seed=1), TOKENIZER, PAIRS, output_dir=tmp_path)
+
+
+def test_other_pictures_are_other_pairs(tmp_path: Path) -> None:
+    """However they are given: in memory, as a record, or in a file of the same name."""
+    path = tmp_path / "sky.png"
+    seen = set()
+    for shade in (0, 1):
+        pixels = np.full((4, 4, 3), shade, np.uint8)
+        picture = Image.fromarray(pixels)
+        picture.save(path)
+        record = {"bytes": path.read_bytes(), "path": None}
+        for image in (pixels, picture, record, str(path)):
+            pair = PreferencePair("the sky", "blue", "red", images=(image,))
+            seen.add(hash_of_pairs([pair], [None]))
+    assert len(seen) == 6  # a record and a file of the same bytes are the same
+
+
+def test_an_edited_objective_is_another_run(tmp_path: Path) -> None:
+    def margin(scored: Any) -> Any:
+        return scored.chosen_logits[:, 0, 5]
+
+    def run_with(objective: Any) -> Any:
+        return run(PAIRS[:1], output_dir=tmp_path, objective=objective)
+
+    same(run_with(margin), run_with(margin))
+    margin.__code__ = (lambda scored: scored.chosen_logits[:, 0, 6]).__code__
+    with pytest.raises(ValueError, match=r"another run.*objective_code"):
+        run_with(margin)

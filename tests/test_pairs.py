@@ -89,6 +89,8 @@ def test_id_and_images() -> None:
         ),
         ({"chosen": [says("a"), USER], "rejected": [says("a"), USER]}, "end with an assistant"),
         ({"chosen": None, "rejected": None, "mc1_targets": {"choices": ["a"]}}, "mc1_targets"),
+        ({"chosen": "bl\ud83d"}, "half of a surrogate pair"),
+        ({"id": "\udc00"}, "half of a surrogate pair"),
     ],
 )
 def test_bad_rows_say_why(change: dict, reason: str) -> None:

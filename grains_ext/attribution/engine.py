@@ -28,6 +28,7 @@ from grains_ext.encoding import EncodedPair, encode_pair
 from grains_ext.pairs import PreferencePair
 from grains_ext.vision import open_image
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # A guess, for grouping alone: it takes the processor to tell.
 _TOKENS_WITH_IMAGES = 256
 
@@ -141,7 +142,16 @@ class _Run:
     def __post_init__(self) -> None:
         # Hooks and the graphs of torch.compile do not go together: the model as it was before.
         model = getattr(self.model, "_orig_mod", self.model)
+        inner = unwrap(model)
+        if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+            raise ValueError(f"{type(inner).__name__} has an encoder: only decoders are attributed")
         self._view = self.decoder or DecoderView.of(model)
+        dtype = next(self._view.embedding.parameters()).dtype
+        if dtype not in _DTYPES:
+            raise ValueError(
+                f"the model is in {dtype}; expected float32, bfloat16 or float16: convert it with "
+                "model.float()"
+            )
         self._text_tokenizer = getattr(self.processor, "tokenizer", self.processor)
         self._baseline = Baseline(self._view, self._text_tokenizer, self.settings.baseline)
         self._preparer = Preparer(self._view, self.processor, self._baseline, self.settings)
@@ -198,7 +208,6 @@ class _Run:
 
     def _result(self, pair: PreferencePair, prepared: Prepared, outcome: Outcome) -> Attribution:
         ids = prepared.ids.prompt_ids
-        objective = self.settings.describe()["objective"]
         scores = outcome.scores.astype(np.float32)
         return Attribution(
             tokens=tuple(self._text_tokenizer.decode([token]) for token in ids),
@@ -217,7 +226,7 @@ class _Run:
             chosen=pair.chosen,
             rejected=pair.rejected,
             pair_id=pair.id,
-            objective=objective,
+            objective=self.settings.objective_name,
             images=prepared.images,
         )
 

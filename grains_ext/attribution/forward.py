@@ -356,6 +356,11 @@ def _custom(unit: Unit, logits: Tensor) -> Tensor:
             f"the objective must return one value for each of the {unit.n_points} points, a tensor "
             f"[{unit.n_points}], got {got}"
         )
+    if logits.requires_grad and not values.requires_grad:
+        raise ValueError(
+            "the objective's values have no gradient with respect to the logits: compute them with "
+            "differentiable operations, without detach, item or argmax"
+        )
     return values.float()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -98,15 +98,28 @@ def naming(number: int, pair: PreferencePair) -> Iterator[None]:
 
 
 def hash_of_pairs(pairs: Sequence[PreferencePair], encoded: Sequence[EncodedPair | None]) -> str:
-    """A fingerprint of pairs and of their tokens, where these are known."""
+    """A fingerprint of pairs, their images' content, and their tokens, where these are known."""
     digest = hashlib.sha256()
     for pair, ids in zip(pairs, encoded, strict=True):
-        # Images by what names them: opening all of them to hash pixels would take too long.
-        images = [str(i) if isinstance(i, str | Path) else "" for i in pair.images or ()]
-        said = [pair.prompt, pair.chosen, pair.rejected, images]
-        digest.update(json.dumps(said, default=str).encode())
+        images = [_hash_of_image(image) for image in pair.images or ()]
+        said = [pair.prompt, pair.chosen, pair.rejected, images, pair.id]
+        digest.update(json.dumps(said, default=_hash_of_image).encode())
         digest.update(repr(ids).encode())
     return digest.hexdigest()[:16]
+
+
+def _hash_of_image(image: Any) -> str:
+    """Of what `open_image` opens: a file's bytes, or the pixels; of anything else its type."""
+    if isinstance(image, Mapping):
+        image = image.get("path") if image.get("bytes") is None else image["bytes"]
+    if isinstance(image, str | Path):
+        image = Path(image).read_bytes()
+    digest = hashlib.sha256(type(image).__name__.encode())
+    for name in ("size", "shape", "mode", "dtype"):
+        digest.update(str(getattr(image, name, "")).encode())
+    content = image.tobytes() if hasattr(image, "tobytes") else image
+    digest.update(content if isinstance(content, bytes) else b"")
+    return digest.hexdigest()
 
 
 def _groups(run: Run, limit: int | None, shard: tuple[int, int] | None) -> list[list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, fields
+from types import CodeType
 from typing import Any, Literal
 
 import torch
@@ -58,23 +59,44 @@ class Settings:
                 f"modalities must name some of {', '.join(MODALITIES)}, got {self.modalities!r}"
             )
 
+    @property
+    def objective_name(self) -> str:
+        """A callable's qualified name."""
+        if isinstance(self.objective, str):
+            return self.objective
+        name = getattr(self.objective, "__qualname__", type(self.objective).__qualname__)
+        return f"{self.objective.__module__}.{name}"
+
     def describe(self) -> dict[str, Any]:
         """What decides the results, as plain JSON: two runs that agree in it may share a folder.
 
-        A tensor baseline is named by its hash, a callable objective by its qualified name.
+        A tensor baseline is named by its hash, a callable objective by its name and its code.
         """
         plain = {field.name: getattr(self, field.name) for field in fields(self)}
         if isinstance(self.baseline, Tensor):
             values = self.baseline.detach().float().cpu().contiguous().numpy()
             plain["baseline"] = f"tensor {hashlib.sha256(values.tobytes()).hexdigest()[:16]}"
-        if callable(self.objective):
-            name = getattr(self.objective, "__qualname__", type(self.objective).__qualname__)
-            plain["objective"] = f"{self.objective.__module__}.{name}"
+        plain["objective"] = self.objective_name
+        if isinstance(code := getattr(self.objective, "__code__", None), CodeType):
+            # A function may be edited under its name, and lambdas share one.
+            plain["objective_code"] = hashlib.sha256(repr(_parts(code)).encode()).hexdigest()[:16]
         if isinstance(self.attributed_span, tuple):
             plain["attributed_span"] = list(self.attributed_span)
         plain["modalities"] = list(self.modalities)
         plain["torch"] = str(torch.__version__)
         return plain
+
+
+def _parts(code: CodeType) -> tuple[object, ...]:
+    """What a function does, without where it stands."""
+    constants: list[object] = []
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            constant = _parts(constant)
+        elif isinstance(constant, frozenset):  # of `in {...}`: its order differs between processes
+            constant = sorted(map(repr, constant))
+        constants.append(constant)
+    return code.co_code, code.co_names, code.co_varnames, constants
 
 
 def _one_of(name: str, value: object, known: tuple[str, ...], more: str = "") -> None:
