@@ -4,6 +4,7 @@ import json
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from grains_ext.attribution import Attribution, attribute
+from grains_ext.attribution.engine import hash_of_weights
 from grains_ext.attribution.forward import Batch
 from grains_ext.attribution.objective import ScoredLogits
 from grains_ext.attribution.path import Baseline
@@ -378,6 +380,15 @@ def test_a_model_under_training_with_gradient_checkpointing() -> None:
     model.gradient_checkpointing_enable()  # makes embeddings require gradients, by a hook
     for a, b in zip(run(model, PAIRS), run(cached_model("llama"), PAIRS), strict=True):
         np.testing.assert_array_equal(a.scores, b.scores)
+
+
+def test_an_offloaded_model(tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    moved = accelerate.cpu_offload(tiny_model("llama"), execution_device=torch.device("cpu"))
+    found = run(moved, PAIRS, **FIXED, output_dir=tmp_path)
+    for a, b in zip(found, run(cached_model("llama"), PAIRS, **FIXED), strict=True):
+        np.testing.assert_allclose(a.scores, b.scores, rtol=1e-4, atol=1e-5)
+    assert hash_of_weights(moved) == hash_of_weights(cached_model("llama"))
 
 
 @pytest.mark.parametrize("in_place", [False, True])

@@ -204,7 +204,7 @@ class _Run:
 
     @property
     def device(self) -> str:
-        return next(self._view.embedding.parameters()).device.type
+        return self._view.device.type
 
     def _result(self, pair: PreferencePair, prepared: Prepared, outcome: Outcome) -> Attribution:
         ids = prepared.ids.prompt_ids
@@ -236,5 +236,16 @@ def hash_of_weights(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(name.encode())
+        if parameter.is_meta:
+            parameter = _offloaded(model, name)
         digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _offloaded(model: nn.Module, name: str) -> Tensor:
+    """A weight that accelerate keeps elsewhere between calls."""
+    owner, _, own_name = name.rpartition(".")
+    hook: Any = model.get_submodule(owner)._hf_hook
+    keeper = next(one for one in getattr(hook, "hooks", [hook]) if hasattr(one, "weights_map"))
+    weight: Tensor = keeper.weights_map[own_name]
+    return weight

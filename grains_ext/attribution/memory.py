@@ -48,8 +48,8 @@ def automatic_budget(decoder: DecoderView, *, fused: bool = False) -> tuple[int,
     batches; on a GPU it follows the free memory.
     """
     weight = next(decoder.embedding.parameters())
-    if weight.device.type == "cuda":
-        available = _GPU_SHARE * torch.cuda.mem_get_info(weight.device)[0]
+    if decoder.device.type == "cuda":
+        available = _GPU_SHARE * torch.cuda.mem_get_info(decoder.device)[0]
     else:
         available = min(_CPU_BYTES, _physical_bytes() // 4)
     per_token = activation_bytes(decoder, fused=fused)

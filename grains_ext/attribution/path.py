@@ -90,9 +90,8 @@ class Baseline:
 
 def _embed(decoder: DecoderView, token_ids: list[int]) -> Tensor:
     """[len(token_ids), D], as the model takes its ``inputs_embeds``."""
-    device = next(decoder.embedding.parameters()).device
     with torch.no_grad():
-        return decoder.embed(torch.tensor([token_ids], device=device))[0]
+        return decoder.embed(torch.tensor([token_ids], device=decoder.device))[0]
 
 
 def _checked_tensor(decoder: DecoderView, baseline: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ class Preparer:
             ids = captured.pair
             self.check(pair, ids)
         embeddings = (
-            self._decoder.embed(torch.tensor([ids.prompt_ids], device=self._device))[0]
+            self._decoder.embed(torch.tensor([ids.prompt_ids], device=self._decoder.device))[0]
             if captured is None
             else captured.embeddings
         ).detach()  # models prepared for training adapters make embeddings require gradients
@@ -127,10 +127,6 @@ class Preparer:
         windows = [getattr(config, name, None) for name in _WINDOWS]
         return all(window is None or n_tokens <= window for window in windows)
 
-    @property
-    def _device(self) -> torch.device:
-        return next(self._decoder.embedding.parameters()).device
-
     def _path(
         self,
         number: int,
@@ -167,7 +163,7 @@ class Preparer:
         depths = torch.tensor(packed.depths)
         read = prepared.path.input
         if answers.numel():
-            read = torch.cat([read, self._decoder.embed(answers.to(self._device))[0]])
+            read = torch.cat([read, self._decoder.embed(answers.to(self._decoder.device))[0]])
         positions = (
             depths if prepared.position_ids is None else prepared.position_ids.cpu()[..., depths]
         )
