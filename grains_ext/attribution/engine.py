@@ -236,9 +236,8 @@ def hash_of_weights(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(name.encode())
-        if parameter.is_meta:
-            parameter = _offloaded(model, name)
-        digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+        weight = _offloaded(model, name) if parameter.is_meta else parameter
+        digest.update(weight.detach().flatten()[:64].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
