@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -25,7 +25,7 @@ from benchmarks.steering_statistics import Outcomes, over_pairs, over_seeds
 from benchmarks.steering_worlds import WorldName
 from grains_ext.demo import vision_world, world
 from grains_ext.pairs import PreferencePair
-from grains_ext.steering import Gate, RefineSettings, SteeringVectors, fit_gate
+from grains_ext.steering import Gate, SteeringVectors, fit_gate
 from grains_ext.steering.held_gate import HeldGate
 from grains_ext.steering.positions import Forward
 
@@ -129,9 +129,10 @@ class GatedReplay(Replay):
 class GatedBench(Bench):
     """A bench whose steering of a block is behind a gate that reads the same block's output."""
 
-    def __init__(self, bench: Bench, outside: Outside) -> None:
+    def __init__(self, bench: Bench, outside: Outside, largest: Mapping[int, float | None]) -> None:
+        """largest: strength of each block within the limit without a gate."""
         vars(self).update(vars(bench))
-        self.plain = bench
+        self.plain, self.largest = bench, largest
         prompts = outside_prompts(bench, outside)
         self.gates = {
             block: fit_gate(
@@ -159,7 +160,7 @@ class GatedBench(Bench):
         largest = self.largest_strength(directions)
         if largest is None:
             return []
-        usual = self.plain.largest_strength(directions) or largest
+        usual = self.largest[min(directions)] or largest
         high = min(largest, STRONGEST_SHARE * usual)
         low = min(high, WEAKEST_SHARE * usual)
         return [float(value) for value in np.geomspace(high, low, n)]
@@ -168,18 +169,33 @@ class GatedBench(Bench):
 # --- Rows ---------------------------------------------------------------------------------------
 
 
-def gated(
-    vectors_of: Callable[[Run], SteeringVectors], outside: Outside
-) -> Callable[[Run], list[Result]]:
+@dataclass(frozen=True, eq=False)
+class Usual:
+    """Vectors, and how they are tuned without a gate."""
+
+    vectors: SteeringVectors
+    choice: Choice | None
+    largest: Mapping[int, float | None]
+    """By block, within the limit."""
+
+    @classmethod
+    def of(cls, bench: Bench, vectors: SteeringVectors) -> Usual:
+        every = vectors.directions.items()
+        largest = {block: bench.largest_strength({block: v}) for block, v in every}
+        return cls(vectors, bench.tuned({"": vectors}).choice, largest)
+
+
+def gated(usual_of: Callable[[Run], Usual], outside: Outside) -> Callable[[Run], list[Result]]:
     """A row: these vectors behind a gate."""
 
     def row(run: Run) -> list[Result]:
-        vectors = {"": vectors_of(run)}
-        bench = GatedBench(run.bench, outside)
-        result, without = bench.tuned(vectors), run.bench.tuned(vectors).choice
+        usual = usual_of(run)
+        bench = GatedBench(run.bench, outside, usual.largest)
+        result = bench.tuned({"": usual.vectors})
         if result.choice is None:
             return [result]
-        return [replace(result, details=_details(bench, vectors[""], result.choice, without))]
+        details = _details(bench, usual.vectors, result.choice, usual.choice)
+        return [replace(result, details=details)]
 
     return row
 
@@ -187,7 +203,8 @@ def gated(
 def _details(
     bench: GatedBench, vectors: SteeringVectors, choice: Choice, without: Choice | None
 ) -> dict[str, Any]:
-    """The gate, how often it opens, and what is changed elsewhere, with it and ``without``."""
+    """The gate, how often it opens, which pairs' answers the model gives, and what is changed
+    elsewhere, with the gate and ``without``."""
     [block] = choice.blocks
     gate = bench.gates[block]
     kinds = elsewhere(bench.trained.world, "test", N_ELSEWHERE)
@@ -204,9 +221,14 @@ def _details(
             "right": _bits(before == plain.chosen),
             **{name: _bits(answer != before) for name, answer in answers.items()},
         }
+    plain = bench.plain.test
+    answered = {"with": _answers(bench.test, vectors, choice)}
+    if without is not None:
+        answered["without"] = _answers(plain, vectors, without)
     return {
         "gate": {"block": gate.block, "kind": gate.kind, "when": gate.when, **gate.metadata},
         "open": {name: items.replay.share_open(block) for name, items in open_for.items()},
+        "answered": {name: _bits(found == plain.chosen) for name, found in answered.items()},
         "elsewhere": changed,
         "choice_without": None if without is None else asdict(without),
     }
@@ -228,28 +250,26 @@ def _closed(run: Run) -> SteeringVectors:
     return run.fitted(signs=signs)
 
 
-@lru_cache(maxsize=1)  # rows that differ in the gate alone come one after the other
-def _refined(run: Run, start: str, settings: RefineSettings) -> SteeringVectors:
-    return run.refined_vectors(run.starts[start](), settings)
-
-
-def _from(start: str, settings: RefineSettings) -> Callable[[Run], SteeringVectors]:
-    return lambda run: _refined(run, start, settings)
-
-
 _VECTORS: dict[str, Callable[[Run], SteeringVectors]] = {
     "GrAInS": _closed,
     "CAA": lambda run: run.caa,
-    "GrAInS, 10 steps": _from("GrAInS", FEW_STEPS),
-    "zero, 10 steps": _from("zero", FEW_STEPS),
-    "GrAInS, refined": _from("GrAInS", REFINE),
-    "CAA, refined": _from("CAA", REFINE),
-    "zero, refined": _from("zero", REFINE),
+    "GrAInS, 10 steps": lambda run: run.refined_vectors(run.starts["GrAInS"](), FEW_STEPS),
+    "zero, 10 steps": lambda run: run.refined_vectors(run.starts["zero"](), FEW_STEPS),
+    "GrAInS, refined": lambda run: run.refined_vectors(run.starts["GrAInS"](), REFINE),
+    "CAA, refined": lambda run: run.refined_vectors(run.starts["CAA"](), REFINE),
+    "zero, refined": lambda run: run.refined_vectors(run.starts["zero"](), REFINE),
 }
+
+
+@lru_cache(maxsize=1)  # rows that differ in the gate alone come one after the other
+def _usual(run: Run, base: str) -> Usual:
+    return Usual.of(run.bench, _VECTORS[base](run))
+
+
 _NAMES: dict[Outside, str] = {"texts": "{}, gated", "prompts": "{}, gated by prompts"}
 GATED: dict[str, Callable[[Run], list[Result]]] = {
-    name.format(base): gated(vectors_of, outside)
-    for base, vectors_of in _VECTORS.items()
+    name.format(base): gated(partial(_usual, base=base), outside)
+    for base in _VECTORS
     for outside, name in _NAMES.items()
 }
 
@@ -285,6 +305,11 @@ def gated_summary(results: Mapping[int, Mapping[str, Any]]) -> list[dict[str, An
                 "gain": asdict(over_seeds([a - b for a, b in zip(own, usual, strict=True)])),
                 "perplexity_ratio": float(np.mean([d["perplexity_ratio"] for d in draws])),
                 "largest_perplexity_ratio": max(d["perplexity_ratio"] for d in draws),
+                "answered": {
+                    column: asdict(over_seeds([_outcomes(d["answered"][column]) for d in details]))
+                    for column in ("without", "with")
+                    if details and all(column in d.get("answered", {}) for d in details)
+                },
                 "open": _mean([each["open"] for each in details]),
                 "elsewhere": _elsewhere([each["elsewhere"] for each in details]),
             }
