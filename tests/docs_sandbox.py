@@ -14,16 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import pytest
 import torch
 import yaml
 from PIL import Image
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from grains_ext import PreferencePair, attribute, cli, load_pairs, save_pairs
-from grains_ext.export import trace
 from tests.exports import exported_llama, random_vectors
 from tests.models import tiny_model, tiny_tokenizer
 from tests.vision_models import tiny_vlm
@@ -155,37 +152,6 @@ def furnish_graphs(folder: Path) -> None:
         shutil.copy2(folder / name, folder / "exported")
 
 
-def share_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An export of the pages' model takes the trace that the tests have: most of its time.
-
-    Steering, verification, quantisation and all files are the export's own.
-    """
-
-    def export_graph(
-        model: PreTrainedModel,
-        path: str | Path,
-        *,
-        opset: int = trace.DEFAULT_OPSET,
-        external_data: bool = False,
-    ) -> None:
-        known = exported_llama()
-        if opset != trace.DEFAULT_OPSET or not _same_weights(model, known.model):
-            trace.export_graph(model, path, opset=opset, external_data=external_data)
-            return
-        graph = onnx.load(known.folder / "model_unsteered.onnx")
-        name = f"{Path(path).name}.data"
-        onnx.save(graph, path, save_as_external_data=external_data, location=name)
-
-    monkeypatch.setattr("grains_ext.export.model.export_graph", export_graph)
-
-
-def _same_weights(one: PreTrainedModel, other: PreTrainedModel) -> bool:
-    mine, theirs = one.state_dict(), other.state_dict()
-    return mine.keys() == theirs.keys() and all(
-        torch.equal(value, theirs[name]) for name, value in mine.items()
-    )
-
-
 def names(page: str) -> dict[str, Any]:
     """What a page's examples take as given; imports that a reader has made by then."""
     import onnxruntime
@@ -195,7 +161,7 @@ def names(page: str) -> dict[str, Any]:
     if page == "README.md":
         return {}
     model = AutoModelForCausalLM.from_pretrained("path/or/hub-id")
-    if page == "docs/attribution-onnx.md":  # tracing a gradient: a minute for four blocks
+    if page == "docs/attribution-onnx.md":  # one whose gradient the tests have traced
         model = tiny_model("llama", num_hidden_layers=1, max_position_embeddings=512)
     given = {
         "grains": grains_ext,

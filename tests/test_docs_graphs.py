@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs_sandbox import GRAPH_PAGES, furnish, furnish_graphs, pages, run_page, share_trace
+from tests.docs_sandbox import GRAPH_PAGES, furnish, furnish_graphs, pages, run_page
+from tests.exports import gradient_traced_once, share_trace
 
 
 @pytest.fixture(scope="module")
@@ -23,4 +24,5 @@ def test_the_examples_of_a_page_run(
 ) -> None:
     monkeypatch.chdir(shutil.copytree(furnished, tmp_path / "page"))
     share_trace(monkeypatch)
-    run_page(page)
+    with gradient_traced_once():
+        run_page(page)

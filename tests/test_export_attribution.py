@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import functools
 import json
 import os
@@ -25,6 +26,7 @@ from grains_ext.attribution import Attribution, attribute, load_attributions
 from grains_ext.attribution.rules import quadrature
 from grains_ext.export import AttributionGraph, ExportError, GraphError, export_attribution
 from grains_ext.export.attribution_graph import INPUTS, OUTPUTS
+from tests.exports import gradient_traced_once
 from tests.models import VOCAB_SIZE, tiny_model, tiny_tokenizer
 from tests.onnx_models import node_model
 
@@ -35,11 +37,13 @@ TEMPLATE = (
 )
 # A window that the longer pairs leave, in every second block.
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
-    "llama": {"num_hidden_layers": 2},
+    "llama": {"num_hidden_layers": 1},
     "gpt2": {"num_hidden_layers": 1},
     "qwen2": {"num_hidden_layers": 1},
     "gemma2": {"num_hidden_layers": 2, "sliding_window": 8},
 }
+HALF = "gpt2"
+"""Exported from half precision, with its weights in a file of their own."""
 PAIRS = [
     PreferencePair(prompt="the sky is what color", chosen="blue", rejected="a truth", id="sky"),
     PreferencePair(prompt="q", chosen="red sky", rejected="red sea"),
@@ -58,15 +62,25 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*did not converge")
 
 @functools.cache
 def tiny(family: str) -> Any:
-    return tiny_model(family, **CONFIGURATIONS[family])
+    model = tiny_model(family, **CONFIGURATIONS[family])
+    # What float32 computes from the rounded weights.
+    return model.bfloat16().float() if family == HALF else model
+
+
+@functools.cache
+def half() -> Any:
+    return copy.deepcopy(tiny(HALF)).bfloat16()
 
 
 @functools.cache
 def graph_file(family: str) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="grains-test-attribution-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    path = folder / "attribution.onnx"
-    export_attribution(tiny(family), tiny_tokenizer(chat_template=TEMPLATE), path)
+    path = folder / "new" / "attribution.onnx"
+    model = half() if family == HALF else tiny(family)
+    options: dict[str, Any] = {"external_data": True, "n_steps": 5} if family == HALF else {}
+    with gradient_traced_once():
+        export_attribution(model, tiny_tokenizer(chat_template=TEMPLATE), path, **options)
     return path
 
 
@@ -231,19 +245,12 @@ def test_the_model_is_as_it_was_and_nothing_is_left_beside_the_graph() -> None:
 
 
 @slow
-def test_a_model_in_half_precision_and_weights_in_a_file_of_their_own(tmp_path: Path) -> None:
-    model, path = tiny_model("gpt2", num_hidden_layers=1).bfloat16(), tmp_path / "new" / "own.onnx"
-    export_attribution(model, tiny_tokenizer(), path, external_data=True, n_steps=5)
-    assert sorted(entry.name for entry in path.parent.iterdir()) == ["own.onnx", "own.onnx.data"]
-    assert model.dtype == torch.bfloat16
-    found = AttributionGraph(path, providers=["CPUExecutionProvider"]).attribute(
-        PAIRS, progress=False
-    )
-    # What float32 computes from the rounded weights.
-    expected = attribute(
-        model.float(), tiny_tokenizer(), PAIRS, method="gausslegendre", n_steps=5, progress=False
-    )
-    assert_same(found, expected)
+def test_a_model_in_half_precision_and_weights_in_a_file_of_their_own() -> None:
+    names = sorted(entry.name for entry in graph_file(HALF).parent.iterdir())
+    assert names == ["attribution.onnx", "attribution.onnx.data"]
+    assert half().dtype == torch.bfloat16
+    found = graph_of(HALF).attribute(PAIRS, progress=False)
+    assert_same(found, by_torch(HALF, method="gausslegendre", n_steps=5))
 
 
 # --- without torch --------------------------------------------------------------------------------
