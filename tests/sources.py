@@ -77,13 +77,14 @@ def _folder() -> Path:
 
 def _model(family: str, **overrides: Any) -> PreTrainedModel:
     if family == "mixtral":
-        return _mixtral()
+        return _mixtral(**overrides)
     return tiny_model(family, **(_SIZES | _EXTRA.get(family, {}) | overrides))
 
 
-def _mixtral() -> PreTrainedModel:
+def _mixtral(**overrides: Any) -> PreTrainedModel:
     """Mixture of experts: no other exporter here carries it."""
     sizes = _SIZES | {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    sizes |= overrides
     config = MixtralConfig(vocab_size=128, max_position_embeddings=128, **sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -143,24 +144,35 @@ def optimum(family: str) -> Source:
 
 @functools.cache
 def transformers_exporter(family: str, fusions: str | None) -> Source:
-    """By transformers' own exporter, plain or with onnxruntime's fusions."""
-    folder, model = _folder(), _model(family)
+    """By transformers' own exporter, plain or with onnxruntime's fusions: of its graphs of a
+    generation the one with caches, with two blocks, as each takes seconds."""
+    from transformers.exporters import OnnxConfig, OnnxExporter
+    from transformers.exporters.utils import decompose_for_generation
+
+    folder, model = _folder(), _model(family, num_hidden_layers=2)
     ids = torch.from_numpy(PROMPT)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    _export_for_generation(model, inputs, fusions, folder)
-    return Source(model, folder / "decode.onnx")
+    config = OnnxConfig(dynamic=True, ort_fusions=fusions)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        stages = decompose_for_generation(model, inputs, multi_token_decode=True)
+        exported = OnnxExporter().export(*stages["decode"], config)
+        exported.save_pretrained(str(folder))
+    return Source(model, folder / "model.onnx")
 
 
 @functools.cache
 def transformers_exporter_of_llava() -> VisionSource:
     """By transformers' own exporter: a prefill graph over embeddings, a head, a decode graph."""
+    from transformers.exporters import OnnxConfig, OnnxExporter
+
     image_token = 100
     text = LlamaConfig(
         vocab_size=128, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-        **_SIZES,
+        **(_SIZES | {"num_hidden_layers": 1}),
     )  # fmt: skip
     vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
         image_size=28, patch_size=14,
     )  # fmt: skip
     config = LlavaConfig(
@@ -173,7 +185,12 @@ def transformers_exporter_of_llava() -> VisionSource:
     ids = torch.tensor([[1, *[image_token] * 4, 9, 30, 77, 5]])
     folder = _folder()
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
-    _export_for_generation(model, inputs, None, folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exported = OnnxExporter().export_for_generation(
+            model, inputs, OnnxConfig(dynamic=True), multi_token_decode=True
+        )
+        exported.save_pretrained(str(folder))
     seen: list[Tensor] = []
     stack = model.model.language_model
     hook = stack.register_forward_pre_hook(
@@ -183,19 +200,6 @@ def transformers_exporter_of_llava() -> VisionSource:
         model(**inputs)
     hook.remove()
     return VisionSource(model, folder, seen[0])
-
-
-def _export_for_generation(
-    model: PreTrainedModel, inputs: dict[str, Tensor], fusions: str | None, folder: Path
-) -> None:
-    from transformers.exporters import OnnxConfig, OnnxExporter
-
-    config = OnnxConfig(dynamic=True, ort_fusions=fusions)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        exporter = OnnxExporter()
-        exported = exporter.export_for_generation(model, inputs, config, multi_token_decode=True)
-        exported.save_pretrained(str(folder))
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from transformers import DynamicCache
 
 from grains_ext import export, reference
 from grains_ext.export.inject import inject, remove_steering
+from grains_ext.steering.vectors import SteeringVectors
 from tests import sources
 from tests.exports import exported_llama, random_vectors
 from tests.sources import HIDDEN, PROMPT, onnx_logits, torch_logits
@@ -212,13 +213,14 @@ def test_optimums_model_runs_a_steered_folder(exporter: str, tmp_path: Path) -> 
 )
 def test_graphs_of_transformers_exporter(family: str, fusions: str | None) -> None:
     source = sources.transformers_exporter(family, fusions)
-    expected = torch_logits(source.model, VECTORS)
+    vectors = random_vectors(range(2), size=HIDDEN, strength=0.8)
+    expected = torch_logits(source.model, vectors)
     for fuse in (True, False):
-        path = steered(source, fuse=fuse)
+        path = steered(source, vectors=vectors, fuse=fuse)
         for library in (True, False):
             assert error(onnx_logits(path, library=library), expected) < LOGITS["float32"]
         op_type = "grains.SkipSteerRmsNorm" if fuse else "grains.Steer"
-        assert export.count_nodes(path)[op_type] == 3
+        assert export.count_nodes(path)[op_type] == 2
         remove_steering(path, path.with_name("restored.onnx"))
         assert content(path.with_name("restored.onnx")) == content(source.graph)
 
@@ -227,12 +229,13 @@ def test_graphs_of_transformers_exporter(family: str, fusions: str | None) -> No
 def test_every_graph_of_a_vision_language_model(tmp_path: Path) -> None:
     """Prefill reads merged embeddings of text and image, decoding reads ids: both are steered."""
     source = sources.transformers_exporter_of_llava()
-    injected = inject(source.folder, VECTORS, tmp_path / "steered")
+    vectors = random_vectors([0], size=HIDDEN, strength=0.8)
+    injected = inject(source.folder, vectors, tmp_path / "steered")
     assert {entry.graph for entry in injected} == {"language_model.onnx", "decode.onnx"}
     stack, head = source.model.model.language_model, source.model.lm_head
     tokens = source.embeddings.shape[1]
     next_ids = torch.tensor([[44, 12]])
-    with torch.no_grad(), _hooked(stack):
+    with torch.no_grad(), _hooked(stack, vectors):
         cache = DynamicCache()
         prefill = stack(inputs_embeds=source.embeddings, past_key_values=cache).last_hidden_state
         decoded = head(stack(input_ids=next_ids, past_key_values=cache).last_hidden_state)
@@ -251,13 +254,13 @@ def test_every_graph_of_a_vision_language_model(tmp_path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _hooked(stack: torch.nn.Module) -> Iterator[None]:
-    """The stack alone, without the model around it, with its blocks steered by VECTORS."""
+def _hooked(stack: torch.nn.Module, vectors: SteeringVectors) -> Iterator[None]:
+    """The stack alone, without the model around it, with its blocks steered."""
 
     def steer(block: int) -> Any:
         def hook(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-            strength = torch.tensor(VECTORS.strength)
-            return reference.steer_add_normalize(output, VECTORS.directions[block], strength)
+            strength = torch.tensor(vectors.strength)
+            return reference.steer_add_normalize(output, vectors.directions[block], strength)
 
         return hook
 
