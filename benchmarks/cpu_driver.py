@@ -42,6 +42,9 @@ DTYPES: dict[str, Any] = {
 }
 
 
+_ALONE = ["-DGRAINS_DRIVER_ONLY=ON", "-DGRAINS_CUDA=OFF"]
+
+
 class MissingToolError(RuntimeError):
     """What is not installed, and how to install it."""
 
@@ -97,7 +100,13 @@ class Driver:
 
 
 def native() -> Driver:
-    return Driver((str(_build("native", [])),))
+    """Of the kernels as setup.py compiled them, where it did."""
+    package = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+    cache = package / "CMakeCache.txt"
+    # Not a tree that was copied here: its sources are elsewhere.
+    if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" in cache.read_text():
+        return Driver((str(_build(package)),))
+    return Driver((str(_build(ROOT / "build" / "cpu_driver-native", _ALONE)),))
 
 
 def arm() -> Driver:
@@ -111,20 +120,22 @@ def arm() -> Driver:
     target = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64"]
     # Static: the emulator then needs no Arm libraries.
     target += [f"-DCMAKE_CXX_COMPILER={compiler}", "-DCMAKE_EXE_LINKER_FLAGS=-static"]
-    return Driver((emulator, str(_build("aarch64", target))))
+    folder = ROOT / "build" / "cpu_driver-aarch64"
+    return Driver((emulator, str(_build(folder, [*_ALONE, *target]))))
 
 
-def _build(name: str, options: list[str]) -> Path:
+def _build(folder: Path, options: list[str] | None = None) -> Path:
+    """The program in a build folder; options: those to configure it with, None where it is."""
     scripts = str(Path(sys.executable).parent)  # pip's cmake and ninja, activated or not
     environment = {**os.environ, "PATH": scripts + os.pathsep + os.environ.get("PATH", "")}
     for tool in ("cmake", "ninja"):
         if shutil.which(tool, path=environment["PATH"]) is None:
             raise MissingToolError(f"{tool} is not installed: pip install {tool}")
-    folder = ROOT / "build" / f"cpu_driver-{name}"
     target = "grains_cpu_driver"
-    configure = ["cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", *options]
-    configure += ["-DGRAINS_DRIVER_ONLY=ON", "-DGRAINS_CUDA=OFF"]
-    for command in (configure, ["cmake", "--build", str(folder), "--target", target]):
+    commands = [["cmake", "--build", str(folder), "--target", target]]
+    if options is not None:
+        commands.insert(0, ["cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", *options])
+    for command in commands:
         result = subprocess.run(command, env=environment, capture_output=True, text=True)
         if result.returncode != 0:
             raise RuntimeError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")

@@ -10,7 +10,7 @@ import math
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from ctypes import POINTER, Structure, c_bool, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
@@ -40,36 +40,52 @@ def compiler() -> str:
     return os.environ.get("CXX", "c++")
 
 
-def build(sources: Path = CSRC, *, sanitize: bool = False) -> Path:
-    """Compile `sources` (a csrc folder) into one shared library beside it, or find it compiled."""
-    cuda, testing = sources / "cuda", sources / "testing"
+def build(*, sanitize: bool = False) -> Path:
+    """Compile csrc into one shared library in a folder of its own, or find it compiled."""
+    cuda, testing = CSRC / "cuda", CSRC / "testing"
     units = [*sorted(cuda.glob("*.cu")), *sorted(cuda.glob("*.cpp")), testing / "cuda_driver.cpp"]
     units.append(testing / "cuda_shim" / "runtime.cpp")
-    digest = hashlib.sha256(f"{compiler()} {_flags(sources, sanitize)}".encode())
-    for folder in (cuda, testing, testing / "cuda_shim", sources / "include" / "grains"):
+    digest = hashlib.sha256(f"{compiler()} {_flags(CSRC, sanitize)}".encode())
+    for folder in (cuda, testing, testing / "cuda_shim", CSRC / "include" / "grains"):
         for path in sorted(path for path in folder.iterdir() if path.is_file()):
             digest.update(path.read_bytes())
-    name = f"libgrains_cuda_shim-{digest.hexdigest()[:16]}.so"
-    library = sources.parent / "build" / "cuda_shim" / name
+    library = ROOT / "build" / "cuda_shim" / digest.hexdigest()[:16] / "libgrains_cuda_shim.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
-        link(units, library, sources, sanitize=sanitize)
+        link(units, library, CSRC, sanitize=sanitize)
     return library
 
 
-def link(units: list[Path], library: Path, sources: Path, *, sanitize: bool = False) -> Path:
-    """Compile `units` as C++ against the shim of `sources` and link them into `library`."""
+def rebuild(unit: str, sources: Path, *, sanitize: bool = False) -> Path:
+    """A library beside `sources`, a changed copy of csrc, of which only `unit` is compiled."""
+    others = [o for o in build(sanitize=sanitize).parent.glob("*.o") if o.name != f"{unit}.o"]
+    library = sources.with_name("libgrains_cuda_shim.so")
+    return link([sources / "cuda" / unit], library, sources, sanitize=sanitize, objects=others)
+
+
+def link(
+    units: list[Path],
+    library: Path,
+    sources: Path,
+    *,
+    sanitize: bool = False,
+    objects: Iterable[Path] = (),
+) -> Path:
+    """Compile `units` as C++ against the shim of `sources`, and link them and `objects` into
+    `library`; their own objects stay beside it."""
     flags = _flags(sources, sanitize)
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-        objects = [Path(scratch) / f"{unit.name}.o" for unit in units]
+        compiled = [Path(scratch) / f"{unit.name}.o" for unit in units]
         commands = [
             [compiler(), *flags, "-x", "c++", "-c", str(unit), "-o", str(target)]
-            for unit, target in zip(units, objects, strict=True)
+            for unit, target in zip(units, compiled, strict=True)
         ]
         _run_all(commands, at_once=os.cpu_count() or 1)
-        linked = Path(scratch) / library.name
-        _run_all([[compiler(), *flags, "-shared", *map(str, objects), "-o", str(linked)]], 1)
-        linked.replace(library)  # whole or not at all, when several processes build
+        linked, parts = Path(scratch) / library.name, map(str, (*compiled, *objects))
+        _run_all([[compiler(), *flags, "-shared", *parts, "-o", str(linked)]], 1)
+        # Whole or not at all, when several processes build; the library last.
+        for path in (*compiled, linked):
+            path.replace(library.parent / path.name)
     return library
 
 

@@ -29,6 +29,7 @@ from tests.shim import (
     compiler,
     link,
     placed,
+    rebuild,
 )
 from tests.shim_cases import LAYER, RMS, STEER, Case, Draw, steering_case
 
@@ -459,7 +460,8 @@ def planted(folder: Path, file: str, pattern: str, replacement: str) -> Path:
 
 @pytest.mark.slow
 def test_a_planted_missing_barrier_is_caught(tmp_path: Path) -> None:
-    library = Shim(build(planted(tmp_path, "row_threads.cuh", r"__syncthreads\(\);", "")))
+    sources = planted(tmp_path, "row_threads.cuh", r"__syncthreads\(\);", "")
+    library = Shim(rebuild("steer_add_normalize.cu", sources))
     case = steering_case(STEER, 4096, "float32", "aligned", Draw("planted", "float32"))
     with pytest.raises(AssertionError, match="times the bound"):
         check(library, case, "float32")
@@ -468,6 +470,7 @@ def test_a_planted_missing_barrier_is_caught(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_planted_over_read_is_caught(tmp_path: Path) -> None:
     sources = planted(tmp_path, "steered_row.cuh", r"at\(k\) < end", "at(k) <= end")
-    process = sanitized(build(sources, sanitize=True), tmp_path / "results.npz")
+    library = rebuild("steer_add_normalize.cu", sources, sanitize=True)
+    process = sanitized(library, tmp_path / "results.npz")
     assert process.returncode != 0
     assert "heap-buffer-overflow" in process.stderr
