@@ -391,6 +391,41 @@ def test_an_offloaded_model(tmp_path: Path) -> None:
     assert hash_of_weights(moved) == hash_of_weights(cached_model("llama"))
 
 
+class Quantised(Tensor):
+    """As torchao's: a weight that linear layers take, and nothing else does."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.__getitem__, Tensor.flatten, Tensor.t, Tensor.matmul):
+            raise NotImplementedError(func)
+        if func in (Tensor.detach, Tensor.requires_grad_):
+            return super().__torch_function__(func, types, args, kwargs or {})
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs or {})
+
+    def dequantize(self) -> Tensor:
+        return self.as_subclass(Tensor)
+
+
+def test_quantised_weights(tmp_path: Path) -> None:
+    model: Any = tiny_model("gpt_neox", num_hidden_layers=2)
+    expected = run(model, PAIRS, **FIXED)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            weight = module.weight.detach().as_subclass(Quantised)
+            module.weight = torch.nn.Parameter(weight, requires_grad=False)
+    assert type(model.get_output_embeddings().weight) is Quantised
+    for a, b in zip(run(model, PAIRS, **FIXED, output_dir=tmp_path), expected, strict=True):
+        np.testing.assert_allclose(a.scores, b.scores, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_without_gradients_is_refused() -> None:
+    model: Any = tiny_model("llama", num_hidden_layers=2)
+    model.model.norm.register_forward_hook(lambda module, args, output: output.detach())
+    with pytest.raises(ValueError, match="no gradient with respect to its input embeddings"):
+        run(model, PAIRS, **FIXED)
+
+
 @pytest.mark.parametrize("in_place", [False, True])
 def test_nothing_is_compiled_with_what_is_changed_meanwhile(in_place: bool) -> None:
     graphs: list[Any] = []

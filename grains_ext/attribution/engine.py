@@ -237,6 +237,8 @@ def hash_of_weights(model: nn.Module) -> str:
     for name, parameter in model.named_parameters():
         digest.update(name.encode())
         weight = _offloaded(model, name) if parameter.is_meta else parameter
+        if type(weight).dequantize is not Tensor.dequantize:  # torchao's tensors have no flatten
+            weight = weight.dequantize()
         digest.update(weight.detach().flatten()[:64].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 

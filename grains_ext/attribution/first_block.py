@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from grains_ext.attribution.shortcuts import is_plain
 from grains_ext.decoder import DecoderView
 
 _EPS_NAMES = ("variance_epsilon", "eps")
@@ -134,7 +135,7 @@ def _is_untouched(module: nn.Module) -> bool:
 
 
 def _is_matrix(module: nn.Module) -> bool:
-    return type(module) in (nn.Linear, Conv1D)
+    return is_plain(module, nn.Linear, Conv1D)
 
 
 def _matrix(module: Any) -> Tensor:

@@ -17,7 +17,7 @@ from grains_ext.attribution.fused import NOTHING_FUSED, Fused
 from grains_ext.attribution.objective import ScoredLogits, WeightedLogprobs
 from grains_ext.attribution.sequences import Packed
 from grains_ext.attribution.shortcuts import head_over, last_block_at, prefix_cache
-from grains_ext.decoder import DecoderView
+from grains_ext.decoder import DecoderView, unwrap
 from grains_ext.scoring import forward_logits
 from grains_ext.vision import additive_mask, replaying
 
@@ -144,6 +144,12 @@ class Batch:
         ]
         with torch.enable_grad():
             values = self.objective(decoder, steps)
+            if not values[0].requires_grad:
+                raise ValueError(
+                    f"{type(unwrap(decoder.model)).__name__} has no gradient with respect to its "
+                    "input embeddings, as models whose activations are quantised have none: use "
+                    "one with floating activations, or method='occlusion'"
+                )
             # Points do not see each other: the gradient of the sum holds every point's own.
             at_tokens = torch.autograd.grad(torch.cat(values).sum(), steps)
         return [value.detach() for value in values], list(at_tokens)

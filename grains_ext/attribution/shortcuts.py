@@ -166,6 +166,12 @@ def _columns(kwargs: dict[str, Any], hidden: Tensor, columns: slice) -> dict[str
     return parts
 
 
+def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
+    """Of one of these classes, none below it, with a weight of numbers: torchao puts tensors of a
+    class of its own in their place."""
+    return type(module) in classes and type(module.weight) is nn.Parameter
+
+
 @contextmanager
 def head_over(decoder: DecoderView, vocabulary: Tensor | None) -> Iterator[bool]:
     """The head computes the logits of these tokens only, int64 [K]; yields whether it does.
@@ -173,8 +179,8 @@ def head_over(decoder: DecoderView, vocabulary: Tensor | None) -> Iterator[bool]
     None: of all tokens. Heads other than a plain ``nn.Linear`` (adapters, quantised ones) are left
     alone.
     """
-    head = decoder.head
-    if type(head) is not nn.Linear or "forward" in vars(head):
+    head: Any = decoder.head
+    if not is_plain(head, nn.Linear) or "forward" in vars(head):
         yield False
         return
     weight: Tensor = head.weight
