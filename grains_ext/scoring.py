@@ -58,10 +58,10 @@ def frozen(model: nn.Module) -> Iterator[None]:
     """Evaluation mode with no weight gradients; every module and weight as before afterwards."""
     training = [module for module in model.modules() if module.training]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
-    for parameter in trainable:
-        parameter.requires_grad_(False)
     try:
+        model.eval()
+        for parameter in trainable:
+            parameter.requires_grad_(False)
         yield
     finally:
         for module in training:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from grains_ext.attribution import Attribution, attribute
+from grains_ext.attribution import Attribution, attribute, first_block
 from grains_ext.attribution import evaluator as evaluator_module
 from grains_ext.attribution.evaluator import Evaluator
 from grains_ext.attribution.first_block import (
@@ -186,3 +186,23 @@ def test_a_hook_that_comes_later_is_heard(monkeypatch: pytest.MonkeyPatch) -> No
     assert np.abs(after[0].scores - before[0].scores).max() > 1e-3
     hook.remove()
     assert_same(run(model), before)
+
+
+def test_a_call_that_fails_before_it_begins_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Memory may run out while what stands in for the matrices is made; the call is made again."""
+    model = tiny_model("gpt_neox")  # two norms read the block's input
+    expected = run(model)
+    original = first_block._coefficients
+    left = [2]
+
+    def fails_once(*args: Any) -> Tensor:
+        left[0] -= 1
+        if left[0] == 0:
+            raise torch.OutOfMemoryError("planted")
+        return original(*args)
+
+    monkeypatch.setattr(first_block, "_coefficients", fails_once)
+    assert_same(run(model), expected)
+    assert not any("forward" in vars(module) for module in model.modules())

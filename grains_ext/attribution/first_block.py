@@ -98,10 +98,12 @@ def readers_of(decoder: DecoderView, run: Callable[[], object]) -> tuple[Reader,
     def end(*_: Any) -> None:
         raise _Seen
 
-    inside = [module for module in block.modules() if module is not block]
-    hooks = [module.register_forward_hook(saw, with_kwargs=True) for module in inside]
-    hooks.append(block.register_forward_hook(end))
+    hooks = []
     try:
+        for module in block.modules():
+            if module is not block:
+                hooks.append(module.register_forward_hook(saw, with_kwargs=True))
+        hooks.append(block.register_forward_hook(end))
         with _first_input(block) as inputs:
             run()
     except _Seen:
@@ -244,7 +246,7 @@ def products_from_ends(
     readers: Sequence[Reader], stretches: Sequence[Stretch], shape: tuple[int, int]
 ) -> Iterator[None]:
     """The readers' matrices answer what the ends say, for a batch [N, W] of these stretches."""
-    before = []
+    forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
     for number, reader in enumerate(readers):
         coefficients = [_coefficients(reader.norm, s.ends.moments[number], s) for s in stretches]
         for place, module in enumerate(reader.matrices):
@@ -252,21 +254,22 @@ def products_from_ends(
             if reader.norm is not None and reader.norm.bias is not None:
                 constant = module(reader.norm.bias)
             products = [s.ends.products[number][place] for s in stretches]
-            before.append((module, vars(module).get("forward")))
-            vars(module)["forward"] = _answering(
+            forwards[module] = _answering(
                 coefficients, products, [s.rows for s in stretches], constant, shape
             )
         if reader.module is not None:
-            before.append((reader.module, vars(reader.module).get("forward")))
-            vars(reader.module)["forward"] = _unread
+            forwards[reader.module] = _unread
+    before = [(module, vars(module).get("forward")) for module in forwards]
     try:
+        for module, forward in forwards.items():
+            vars(module)["forward"] = forward
         yield
     finally:
-        for module, forward in before:
-            if forward is None:
-                del vars(module)["forward"]
+        for module, own in before:
+            if own is None:
+                vars(module).pop("forward", None)
             else:
-                vars(module)["forward"] = forward
+                vars(module)["forward"] = own
 
 
 def _coefficients(norm: Norm | None, moments: Tensor, stretch: Stretch) -> Tensor:

@@ -45,13 +45,13 @@ class Fused:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Instance attributes shadow the modules' methods inside the context."""
-        for module, forward in self.forwards.items():
-            vars(module)["forward"] = forward
         try:
+            for module, forward in self.forwards.items():
+                vars(module)["forward"] = forward
             yield
         finally:
             for module in self.forwards:
-                del vars(module)["forward"]
+                vars(module).pop("forward", None)
 
 
 NOTHING_FUSED = Fused({})

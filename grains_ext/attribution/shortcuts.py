@@ -47,9 +47,9 @@ def alone_with(model: nn.Module) -> Iterator[None]:
         lock = _LOCKS.setdefault(unwrap(model), RLock())
     with lock, frozen(model):
         compiled = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl}
-        for module in compiled:
-            module._compiled_call_impl = None
         try:
+            for module in compiled:
+                module._compiled_call_impl = None
             yield
         finally:
             for module, call in compiled.items():
