@@ -101,8 +101,8 @@ def test_a_graph_without_weights_is_refused(tmp_path: Path) -> None:
 def test_a_quantised_export_measures_itself(
     tmp_path: Path, scheme: str, dtype: str, baked: bool
 ) -> None:
-    model = tiny_model("llama", hidden_size=64, num_hidden_layers=2)
-    vectors = random_vectors(range(2), size=64, strength=0.8)
+    model = tiny_model("llama", hidden_size=64, num_hidden_layers=1)
+    vectors = random_vectors([0], size=64, strength=0.8)
     parity = export.export_model(
         model, tiny_tokenizer(), vectors, tmp_path / "out",
         dtype=dtype, quantize=scheme, baked=baked, keep_unsteered=True,
@@ -116,14 +116,14 @@ def test_a_quantised_export_measures_itself(
     assert quantized.runtimes.relative < rounding
     assert 1e-3 < quantized.weights.relative < 0.5
     assert 1e-3 < quantized.steered.relative < 0.5
-    assert parity.fused_nodes == {"SkipSteerRmsNorm": 2}
+    assert parity.fused_nodes == {"SkipSteerRmsNorm": 1}
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"model.onnx", "model_unsteered.onnx", "model.onnx.data"} <= names
     assert not {name for name in names if "exact" in name or "float" in name}
     graph = onnx.load(str(tmp_path / "out" / "model.onnx"), load_external_data=False).graph
     steering = {t.name: t.data_type for t in graph.initializer if t.name.startswith("grains.")}
     kind = onnx.TensorProto.FLOAT if dtype == "float32" else onnx.TensorProto.FLOAT16
-    assert steering["grains.layers.1.direction"] == kind
+    assert steering["grains.layers.0.direction"] == kind
     readme = (tmp_path / "out" / "README.md").read_text()
     assert f"weights {scheme}" in readme
     assert f"onnxruntime 1.2{2 if scheme == 'int8' else 0} and newer" in readme

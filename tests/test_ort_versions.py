@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST = ROOT / "build" / "onnxruntime-1.20"
+# "bank" takes all of test_export_bank.py.
 SMOKE = "reference or bank or inlines or subgraphs or twice or threads or promise or chain or rows"
 
 
@@ -42,13 +43,8 @@ def test_ops_and_functions_on_the_oldest_onnxruntime(environment: dict[str, str]
     assert version.startswith("1.20."), version
     output = _python(
         environment,
-        *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu"),
-        *("tests/test_ort_ops.py", "tests/test_ort_functions.py", "-k", SMOKE),
+        *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", "-k", SMOKE),
+        *("tests/test_ort_ops.py", "tests/test_ort_functions.py", "tests/test_export_bank.py"),
     )
     assert " passed" in output
     assert "skipped" not in output, output
-    output = _python(
-        environment,
-        *("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_export_bank.py"),
-    )
-    assert " passed" in output
