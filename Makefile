@@ -79,7 +79,8 @@ demo: setup
 	$(BIN)/grains demo
 
 test: setup $(ORT_OLDEST_DIR)/.installed $(OPTIMUM_DIR)/.installed $(FORMATS_DIR)/.installed
-	GRAINS_REQUIRE_ORT_VERSIONS=1 $(BIN)/python -m pytest -m "not gpu" -n $(JOBS) --dist loadfile
+	GRAINS_REQUIRE_ORT_VERSIONS=1 $(BIN)/python -m pytest -m "not gpu" -n $(JOBS) --dist loadfile \
+		--no-loadscope-reorder
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
