@@ -34,6 +34,15 @@ def test_token_styles_tell_the_sign() -> None:
     )
 
 
+def test_escape_sequences_are_shown_and_not_obeyed() -> None:
+    it = attribution(("\x1b[2J", "a"), [2.0, -2.0], chosen="b\x9b2J", rejected="\x1b]0;title\x07")
+    text = printed(tokens(it))
+    assert "[U+001B][2J" in text
+    assert "\x1b[2J" not in text
+    assert "\x9b" not in text
+    assert "\x1b]0;" not in text
+
+
 def test_patches_are_cells_with_their_values() -> None:
     it = attribution(
         ("<image>", "<image>", "?"),

@@ -1,3 +1,4 @@
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,15 @@ def test_a_file_that_is_no_picture(tmp_path: Path) -> None:
     path.write_bytes(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(ValueError, match=r"cut\.png' does not open: cannot identify"):
         open_image(path)
+
+
+def test_a_picture_that_its_decoder_cannot_take() -> None:
+    dds = io.BytesIO()
+    Image.fromarray(PIXELS).save(dds, "dds")
+    unknown = bytearray(dds.getvalue())
+    unknown[80:84] = bytes(4)  # the flags that say how pixels are stored
+    with pytest.raises(ValueError, match=r"the image's bytes does not open: .*pixel format"):
+        open_image({"bytes": bytes(unknown)})
 
 
 def test_blur_leaves_the_mean_and_no_shapes() -> None:

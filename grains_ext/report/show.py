@@ -10,6 +10,7 @@ from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from grains_ext.report import view
+from grains_ext.report.text import fit_to_show
 
 if TYPE_CHECKING:
     from grains_ext.attribution.result import Attribution
@@ -53,14 +54,15 @@ def tokens(attribution: Attribution, n_strongest: int = 4) -> Group:
     seen = view.view(attribution)
     shaded = Text()
     for piece in seen.pieces:
-        shaded.append(piece.text, style=style(piece.shade)).append(" ")
+        shaded.append(fit_to_show(piece.text), style=style(piece.shade)).append(" ")
     strongest = sorted(seen.pieces, key=lambda piece: -abs(piece.score))[:n_strongest]
-    numbers = "  ".join(f"{piece.text} {piece.score:+.2f}" for piece in strongest)
+    numbers = "  ".join(f"{fit_to_show(piece.text)} {piece.score:+.2f}" for piece in strongest)
     doubt = "" if attribution.converged else f"; {view.verdict(attribution)}"
     lines: list[RenderableType] = [
         shaded,
         Text(
-            f"  chosen {attribution.chosen}, rejected {attribution.rejected}; "
+            f"  chosen {fit_to_show(attribution.chosen)}, "
+            f"rejected {fit_to_show(attribution.rejected)}; "
             f"{view.objective_words(attribution)} {attribution.f_input:+.2f}; "
             f"strongest: {numbers}{doubt}",
             style="dim",

@@ -39,7 +39,7 @@ def open_image(source: Any) -> Image:
                 return ImageOps.exif_transpose(file).convert("RGB")
         except FileNotFoundError as error:
             raise ValueError(f"{name} does not open: no such file") from error
-        except (OSError, Image.DecompressionBombError, SyntaxError) as error:
+        except (OSError, Image.DecompressionBombError, SyntaxError, RuntimeError) as error:
             raise ValueError(f"{name} does not open: {error}") from error
     if isinstance(source, Image.Image):
         return source.convert("RGB")
