@@ -1,5 +1,6 @@
 """A failure while writing leaves the old file, and nothing else."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -27,3 +28,12 @@ def test_a_written_file_replaces_the_old_one(tmp_path: Path) -> None:
     write_text(path, "old")
     write_text(path, "neu: ä")
     assert path.read_text(encoding="utf-8") == "neu: ä"
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match=r"No space left on device: .*results\.json"),
+        replacing(tmp_path / "results.json"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
