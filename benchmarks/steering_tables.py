@@ -101,6 +101,43 @@ def equal_steps(report: Report) -> str:
     return _table(["steps", "GrAInS against", *parts.values()], rows)
 
 
+def gated(report: Report, world: str) -> str:
+    """What a gate is worth on the pairs, and how often it opens."""
+    rows = [
+        [
+            row["method"],
+            f"{100 * row['without']['mean']:.1f}",
+            _plain(row["accuracy"]),
+            _signed(row["gain"]),
+            *(f"{100 * row['answered'][name]['mean']:.1f}" for name in ("without", "with")),
+            f"{row['perplexity_ratio']:.3f}",
+            *(f"{100 * row['open'][name]:.1f}" for name in ("test", "neutral")),
+        ]
+        for row in report["worlds"][world].get("gated", ())
+    ]
+    given = ["given without", "given with"]
+    opened = ["opened by pairs", "by neutral texts"]
+    return _table(["", "without", "with", "gain", *given, "perplexity", *opened], rows)
+
+
+def changed_elsewhere(report: Report, world: str) -> str:
+    """Answers that steering changes where it is not meant to: without a gate and behind either."""
+    by_base: dict[str, list[Mapping[str, Any]]] = {}
+    for row in report["worlds"][world].get("gated", ()):
+        by_base.setdefault(row["method"].partition(", gated")[0], []).append(row["elsewhere"])
+    both = {base: found for base, found in by_base.items() if len(found) == 2}
+    kinds = list(next(iter(both.values()))[0]) if both else []
+    rows = []
+    for base, (texts, prompts) in both.items():
+        for name, found, column in (
+            (base, texts, "without"),
+            (f"{base}, gated", texts, "with"),
+            (f"{base}, gated by prompts", prompts, "with"),
+        ):
+            rows.append([name, *(f"{100 * found[kind][column]['mean']:.1f}" for kind in kinds)])
+    return _table(["", *kinds], rows)
+
+
 TABLES: dict[str, Callable[[Report], str]] = {
     "short": short,
     "text": partial(methods, world="text"),
@@ -110,6 +147,10 @@ TABLES: dict[str, Callable[[Report], str]] = {
     "closed form, both": partial(pooled, ours="GrAInS"),
     "refined, both": partial(pooled, ours="GrAInS, refined"),
     "equal steps": equal_steps,
+    "gated, text": partial(gated, world="text"),
+    "gated, pictures": partial(gated, world="vision"),
+    "changed, text": partial(changed_elsewhere, world="text"),
+    "changed, pictures": partial(changed_elsewhere, world="vision"),
 }
 
 
