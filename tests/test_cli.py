@@ -22,7 +22,7 @@ from grains_ext.attribution import AttributionStore, attribute, load_attribution
 from grains_ext.cli import bench as bench_command
 from grains_ext.cli.attribute import attribute as attribute_command
 from tests.attributions import attribution
-from tests.models import N_BLOCKS, tiny_model, tiny_tokenizer
+from tests.models import HIDDEN_SIZE, N_BLOCKS, tiny_model, tiny_tokenizer
 from tests.vision_models import tiny_vlm
 
 PAIRS = [
@@ -223,6 +223,31 @@ def test_fit_tune_and_evaluate_hand_their_results_on(folder: Path) -> None:
     report = json.loads(result.stdout)
     assert report["n_pairs"] == len(PAIRS)
     assert set(report["conditions"]) == {"unsteered", "tuned", "fitted"}
+
+
+def test_gate_keeps_vectors_from_other_prompts(folder: Path, tmp_path: Path) -> None:
+    model, pairs, vectors = folder / "model", tmp_path / "pairs.jsonl", tmp_path / "vectors"
+    places = [f"{a} {b}" for a in ("the", "what", "home", "note") for b in ("sky", "sea", "rose")]
+    inside = [PreferencePair(f"grandma says {place} is", "blue", "green") for place in places]
+    save_pairs(inside, pairs)
+    outside = tmp_path / "other.txt"
+    outside.write_text("\n".join(f"{place} is {c}" for place in places for c in ("blue", "red")))
+    made = SteeringVectors({block: torch.ones(HIDDEN_SIZE) for block in (1, 2)})
+    made.save_pretrained(vectors)
+    asked = ("gate", model, pairs, vectors, "--false-positive-rate", 0.2, "--json")
+    result = grains(*asked, "--outside", outside, "--outside", pairs, "-o", tmp_path / "gated")
+    assert result.exit_code == 0, result.output
+    gated = SteeringVectors.from_pretrained(tmp_path / "gated")
+    assert gated.gate is not None
+    told = json.loads(result.stdout)
+    assert (told["block"], told["kind"], told["when"]) == (1, "cosine", "prompt")
+    assert (told["n_inside"], told["n_outside"]) == (12, 36)
+    assert told["held_out_outside_open"] == gated.gate.metadata["held_out_outside_open"] <= 0.2
+    assert all(torch.equal(gated.directions[block], made.directions[block]) for block in (1, 2))
+    late = grains(*asked, "--outside", outside, "--block", 2, "-o", tmp_path / "late")
+    assert late.exit_code == 2
+    assert "is after block 1" in late.output
+    assert not (tmp_path / "late").exists()
 
 
 def test_wrong_use_exits_with_2(folder: Path) -> None:

@@ -13,6 +13,7 @@ from grains_ext.cli import (  # noqa: F401 (importing a command registers it)
     evaluate,
     export,
     fit,
+    gate,
     generate,
     info,
     inject,

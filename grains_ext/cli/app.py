@@ -18,8 +18,8 @@ from grains_ext.cli.output import err, say
 
 # As they are used one after the other, not by letter.
 _ORDER = (
-    *("demo", "info", "attribute", "fit", "refine", "tune", "evaluate", "report", "convert"),
-    *("export", "generate", "inject", "adapter", "bench"),
+    *("demo", "info", "attribute", "fit", "refine", "gate", "tune", "evaluate", "report"),
+    *("convert", "export", "generate", "inject", "adapter", "bench"),
 )
 
 
