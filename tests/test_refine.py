@@ -1,3 +1,5 @@
+import math
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -14,6 +16,7 @@ from grains_ext.scoring import pair_margins, text_divergences
 from grains_ext.steering import RefineSettings, SteeringVectors, refine
 from grains_ext.steering.gate import Gate
 from grains_ext.steering.neutral import Drift, NeutralTexts
+from grains_ext.steering.refine import _Run
 from tests.models import FAMILIES, HIDDEN_SIZE, N_BLOCKS, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -73,7 +76,7 @@ def run(model: PreTrainedModel, vectors: SteeringVectors, **options: Any) -> Ste
 def test_lowers_its_objective_and_says_what_it_was(model: PreTrainedModel) -> None:
     start = drawn()
     options = {"steps": 12, "evaluate_every": 4, "learning_rate": 0.1, "drift_weight": 2.0}
-    refined = run(model, start, dev_pairs=DEV_PAIRS, **options)
+    refined = run(model, start, dev_pairs=DEV_PAIRS, shorten=False, **options)
     curve = refined.metadata["refine"]["curve"]
     assert curve[0]["step"] == 0
     assert [entry["step"] for entry in curve[1:]] == list(range(1, 13))
@@ -127,6 +130,41 @@ def test_scale_of_the_start_plays_no_part(model: PreTrainedModel) -> None:
             assert torch.allclose(
                 refined.directions[block], factor * expected.directions[block], rtol=1e-3, atol=1e-3
             )
+
+
+def test_begins_at_the_share_of_its_length_with_the_least_loss(model: PreTrainedModel) -> None:
+    good = run(model, drawn(), drift_weight=10.0)
+    start = good.with_strength(4 * good.strength)
+    refined = run(model, start, steps=1, learning_rate=1e-6, drift_weight=10.0)
+
+    def objective(share: float) -> float:
+        loss, drift = loss_and_drift(model, start.with_strength(share * start.strength), PAIRS)
+        return loss + 10.0 * drift
+
+    share = refined.metadata["refine"]["start_share"]
+    assert 0.1 < share < 0.6
+    step = math.sqrt(0.5)
+    assert objective(share) < min(objective(share / step), objective(share * step))
+    for block, direction in refined.directions.items():
+        assert torch.allclose(direction, share * start.directions[block], rtol=1e-3, atol=1e-3)
+    as_given = run(model, start, steps=1, learning_rate=1e-6, shorten=False)
+    assert as_given.metadata["refine"]["start_share"] == 1.0
+
+
+def test_a_step_looks_at_enough_answers(model: PreTrainedModel) -> None:
+    """Captions have a few scored tokens each: one call of the model would be mostly noise."""
+    texts = [PreferencePair(f"say {n} {n + 1} {n + 2}", "blue", "red") for n in range(90)]
+    drawn_texts: list[int] = []
+
+    class Spy(NeutralTexts):
+        def divergence(self, number: int, reference: torch.Tensor) -> torch.Tensor:
+            drawn_texts.append(number)
+            return super().divergence(number, reference)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[_Run.__module__], "NeutralTexts", Spy)
+        run(model, drawn(), steps=1, neutral_texts=texts, max_batch_tokens=64, shorten=False)
+    assert len(drawn_texts) == len(set(drawn_texts)) > 10
 
 
 def test_starts_from_zero(model: PreTrainedModel) -> None:
@@ -189,8 +227,8 @@ def test_seed_decides_the_draws(model: PreTrainedModel) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Directions stay float32 and go where float32's do."""
-    expected = run(model, drawn(), steps=6)
-    half = run(tiny_model("llama", dtype=dtype), drawn(), steps=6)
+    expected = run(model, drawn(), steps=6, shorten=False)
+    half = run(tiny_model("llama", dtype=dtype), drawn(), steps=6, shorten=False)
     for block, direction in half.directions.items():
         assert direction.dtype == torch.float32
         assert torch.cosine_similarity(direction, expected.directions[block], dim=0) > 0.98
@@ -229,7 +267,7 @@ def test_neutral_pairs_keep_their_answers(model: PreTrainedModel) -> None:
     """Of a neutral pair the chosen answer's tokens count, after its prompt."""
     kept = PreferencePair("what is the truth of rome", "sea", "sky")
     start = drawn()
-    refined = run(model, start, neutral_texts=[kept], steps=1)
+    refined = run(model, start, neutral_texts=[kept], steps=1, shorten=False)
     prompt = encode_prompt(TOKENIZER, kept.prompt)
     logits = []
     for steering in (nullcontext(), start.applied(model)):

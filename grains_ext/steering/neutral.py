@@ -103,6 +103,10 @@ class NeutralTexts:
         """Scored tokens of a batch."""
         return int(self._batches[number].scored.sum())
 
+    def n_read(self, number: int) -> int:
+        """Tokens of a batch that the model reads, padding included."""
+        return int(self._batches[number].batch.inputs["input_ids"].numel())
+
     def prepare(self) -> None:
         """Measures the unsteered model. Call it before anything steers."""
         with torch.no_grad():
@@ -196,8 +200,9 @@ def _answer_batches(
     separator: str | None,
     max_batch_tokens: int,
 ) -> Iterator[_Batch]:
+    # A pair is two rows there, of which one is read here.
     for batch in encode_batches(
-        processor, pairs, separator=separator, max_batch_tokens=max_batch_tokens
+        processor, pairs, separator=separator, max_batch_tokens=2 * max_batch_tokens
     ):
         n = len(batch.indices)
         # Every input lists the chosen rows first, as many of them as rejected ones.

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.progress import TextColumn
@@ -26,10 +26,17 @@ from grains_ext.steering.live import live_steering
 from grains_ext.steering.neutral import Neutral, NeutralTexts, several_texts
 from grains_ext.steering.vectors import SteeringVectors
 
-# Tokens of neutral text that one step looks at: enough for a mean, few beside the pairs'.
+# Neutral tokens in one call of the model.
 _NEUTRAL_TOKENS = 1024
+# A step goes on to further neutral texts until it has scored so many tokens, or read so many. Of a
+# pair only the answer is scored: one call of captions has few, and their mean is mostly noise.
+_NEUTRAL_SCORED, _NEUTRAL_READ = 512, 4096
+# Of the start's length; the loss is looked at from the first on, until it rises.
+_SHARES = tuple(2 ** (-n / 2) for n in range(9))
 # In float16 gradients of single tokens underflow; Adam does not see the factor.
 _FLOAT16_SCALE = 1024.0
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,9 @@ class RefineSettings:
     decay: "linear", the rate falls from there towards zero, step by step; "none", it stays.
     beta: of the loss, see `refine`.
     drift_weight: nats of loss per nat of drift; 0 leaves the neutral texts out.
+    shorten: begin at the share of the directions' length, 1 or less, that has the least loss.
+        Fitted directions of several blocks together often move a model much further than drift
+        allows, and the first steps would go into the way back. Not with ``length`` "fixed".
     length: "at_most", no direction becomes longer than ``growth`` times what it is; "fixed", none
         becomes longer or shorter.
     growth: see length. A start within a limit on fluency may become much stronger where that costs
@@ -60,6 +70,7 @@ class RefineSettings:
     decay: str = "none"
     beta: float = 1.0
     drift_weight: float = 30.0
+    shorten: bool = True
     length: str = "at_most"
     growth: float = 4.0
     pairs_per_step: int = 64
@@ -128,7 +139,7 @@ def refine(
             direction of zeros starts from zero, and gets the length of its block's hidden states.
             A gate is kept, and plays no part here.
         dev_pairs: pairs that were not used for fitting, for early stopping: the directions with the
-            least loss on them are returned (drift included), of the start and every
+            least loss on them are returned (drift included), of the start, as shortened, and every
             ``evaluate_every``-th step. None: the last step's.
         neutral_texts: what should stay as it is: texts, or pairs, with images or without, of which
             the chosen answer counts; by default the pairs' prompts.
@@ -138,9 +149,10 @@ def refine(
         options: steps, learning_rate, drift_weight and the other fields of `RefineSettings`.
 
     Returns the same vectors with other directions. metadata["refine"] holds the settings, the
-    curve, the step that was chosen, and the cosines with the start; a "tuning" of the start is
-    dropped: tune again. Raises ValueError for no pairs, a strength of 0, vectors of another model
-    or a loss that is not finite; TypeError for settings together with options.
+    curve, the share of the start's length that it began at, the step that was chosen, and the
+    cosines with the start; a "tuning" of the start is dropped: tune again. Raises ValueError for
+    no pairs, a strength of 0, vectors of another model or a loss that is not finite; TypeError for
+    settings together with options.
     """
     if settings is not None and options:
         raise TypeError(f"give settings or options, not both (got {', '.join(options)})")
@@ -211,18 +223,25 @@ class _Run:
             self.optimizer, lambda done: max(0.0, 1 - done / settings.steps) if falling else 1.0
         )
         rng = random.Random(settings.seed)
-        self.draw = _in_turn(list(batches), settings.pairs_per_step, rng)
-        self.neutral_draw = _shuffled(list(range(len(neutral) if neutral else 0)), rng)
+        sizes = [len(batch.indices) for batch in batches]
+        self.draw = _in_turn(list(batches), sizes, settings.pairs_per_step, rng)
+        numbers = list(range(len(neutral))) if neutral else []
+        shares = [_share_of_step(neutral, number) for number in numbers]
+        self.neutral_draw = _in_turn(numbers, shares, 1, rng)
         self.scale = _FLOAT16_SCALE if _is_float16(view) else 1.0
         self.curve: list[dict[str, float]] = []
         self.best = {block: unit.detach().clone() for block, unit in self.units.items()}
         self.best_loss, self.best_step = math.inf, 0
+        self.start_share = 1.0
 
     def steps(self) -> Iterator[str]:
         """Runs them; yields after each what to show of it."""
         settings = self.settings
         shown = ""
-        if self.dev is not None and all(unit.any() for unit in self.start.values()):
+        from_zero = not all(unit.any() for unit in self.start.values())
+        if settings.shorten and settings.length != "fixed" and not from_zero:
+            self._shorten()
+        if self.dev is not None and not from_zero:
             self.curve.append({"step": 0, **self._evaluate(0)})
         for step in range(1, settings.steps + 1):
             entry: dict[str, float] = {"step": step, **self._step()}
@@ -255,29 +274,61 @@ class _Run:
             "strength": self.vectors.strength,
             "n_pairs": n_pairs,
             "n_dev_pairs": n_dev_pairs,
+            "start_share": self.start_share,
             "best_step": self.best_step,
             "cosine_with_start": cosines,
             "curve": self.curve,
         }
         return replace(self.vectors, directions=directions, metadata=metadata)
 
-    def _step(self) -> dict[str, float]:
-        self.optimizer.zero_grad()
-        batches = next(self.draw)
+    def _shorten(self) -> None:
+        """Scales the start to the share of its length with the least loss on what a step sees."""
+        batches, numbers = next(self.draw), next(self.neutral_draw)
+        least = math.inf
+        for share in _SHARES:
+            self._scale_start(share)
+            total, drift = self._look(batches, numbers, learn=False)
+            loss = total + self.settings.drift_weight * drift
+            if least < math.inf and not loss < least:
+                break
+            if math.isfinite(loss):
+                self.start_share, least = share, loss
+        self._scale_start(self.start_share)
+        self._keep(0)
+
+    def _scale_start(self, share: float) -> None:
+        for block, unit in self.units.items():
+            unit.copy_(share * self.start[block])
+
+    def _look(
+        self, batches: Sequence[PairBatch], numbers: Sequence[int], *, learn: bool
+    ) -> tuple[float, float]:
+        """The loss of these pairs and the drift of these neutral texts, as steered now.
+
+        learn: adds the gradient to that of the directions.
+        """
         n_pairs = sum(len(batch.indices) for batch in batches)
         total = drift = 0.0
         for batch in batches:
-            with torch.enable_grad(), self._steering():
+            with torch.set_grad_enabled(learn), self._steering():
                 loss = self._losses(batch).sum() / n_pairs
-                (self.scale * loss).backward()
+                if learn:
+                    (self.scale * loss).backward()
             total += float(loss.detach())
         if self.neutral is not None:
-            number = next(self.neutral_draw)
-            reference = self.neutral.reference(number)
-            with torch.enable_grad(), self._steering():
-                mean = self.neutral.divergence(number, reference) / self.neutral.n_tokens(number)
-                (self.scale * self.settings.drift_weight * mean).backward()
-            drift = float(mean.detach())
+            n_tokens = sum(self.neutral.n_tokens(number) for number in numbers)
+            for number in numbers:
+                reference = self.neutral.reference(number)
+                with torch.set_grad_enabled(learn), self._steering():
+                    share = self.neutral.divergence(number, reference) / n_tokens
+                    if learn:
+                        (self.scale * self.settings.drift_weight * share).backward()
+                drift += float(share.detach())
+        return total, drift
+
+    def _step(self) -> dict[str, float]:
+        self.optimizer.zero_grad()
+        total, drift = self._look(next(self.draw), next(self.neutral_draw), learn=True)
         gradients = [unit.grad for unit in self.units.values() if unit.grad is not None]
         if not all(torch.isfinite(gradient).all() for gradient in gradients):
             raise ValueError(
@@ -360,22 +411,30 @@ def _lengths(
     return lengths
 
 
+def _share_of_step(neutral: NeutralTexts | None, number: int) -> float:
+    """What a batch of neutral texts is of those that one step looks at."""
+    assert neutral is not None
+    scored, read = neutral.n_tokens(number), neutral.n_read(number)
+    return max(scored / _NEUTRAL_SCORED, read / _NEUTRAL_READ)
+
+
 def _in_turn(
-    batches: list[PairBatch], pairs_per_step: int, rng: random.Random
-) -> Iterator[list[PairBatch]]:
-    """Whole batches of at least so many pairs together, each batch once before any comes again."""
-    if sum(len(batch.indices) for batch in batches) <= pairs_per_step:
+    items: list[_T], sizes: Sequence[float], enough: float, rng: random.Random
+) -> Iterator[list[_T]]:
+    """Whole items, `enough` of them together, each once before any comes again; all where there
+    are no more."""
+    if sum(sizes) <= enough:
         while True:
-            yield batches
-    stream = _shuffled(batches, rng)
+            yield items
+    stream = _shuffled(list(range(len(items))), rng)
     while True:
         drawn = [next(stream)]
-        while sum(len(batch.indices) for batch in drawn) < pairs_per_step:
+        while sum(sizes[i] for i in drawn) < enough:
             drawn.append(next(stream))
-        yield drawn
+        yield [items[i] for i in drawn]
 
 
-def _shuffled(items: list[Any], rng: random.Random) -> Iterator[Any]:
+def _shuffled(items: list[_T], rng: random.Random) -> Iterator[_T]:
     while items:
         yield from rng.sample(items, len(items))
 
