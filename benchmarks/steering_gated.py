@@ -18,13 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.steering_elsewhere import (
+    Answers,
+    bits,
+    changed_answers,
+    changed_summary,
+    elsewhere,
+    outcomes,
+)
 from benchmarks.steering_methods import FEW_STEPS, REFINE, SIGNS, Run
 from benchmarks.steering_replay import Replay
 from benchmarks.steering_search import Bench, Choice, Directions, Result, ScoredPairs
-from benchmarks.steering_statistics import Outcomes, over_pairs, over_seeds
-from benchmarks.steering_worlds import WorldName
-from grains_ext.demo import vision_world, world
-from grains_ext.pairs import PreferencePair
+from benchmarks.steering_statistics import over_pairs, over_seeds
 from grains_ext.steering import Gate, SteeringVectors, fit_gate
 from grains_ext.steering.held_gate import HeldGate
 from grains_ext.steering.positions import Forward
@@ -35,45 +40,11 @@ KIND, WHEN = "probe", "any"
 opens a gate that the whole does not."""
 WEAKEST_SHARE, STRONGEST_SHARE = 0.5, 6.0
 """Of the largest strength within the limit without a gate; stronger never won on dev."""
-N_ELSEWHERE = 200
-"""Prompts of each kind that are not to be steered."""
-
 Outside = Literal["texts", "prompts"]
 """What a gate is to stay shut for: neutral texts, or these and prompts of the pairs' own form."""
 
 
 # --- Which prompts ------------------------------------------------------------------------------
-
-Elsewhere = dict[str, list[PreferencePair]]
-
-
-def elsewhere(name: WorldName, split: Literal["fit", "dev", "test"], n: int) -> Elsewhere:
-    """Prompts that are not to be steered, by kind, with the right answer chosen.
-
-    agrees: the pairs' mixture of cue words, but what is said is right: the evidence is what the
-        model believes, the hint is the digit. careful, look: two of the wanted cue words, which the
-        model obeys by itself. know, caption: the question alone.
-    """
-    if name == "text":
-        mixed = world.pairs("mix", split, seed=1, n=n)
-        others = {kind: world.pairs(kind, split, seed=1, n=n) for kind in ("careful", "know")}
-        return {"agrees": [_said(pair, pair.chosen, pair.rejected) for pair in mixed], **others}
-    pairs = vision_world.vision_pairs
-    mixed = pairs(split, n, 1)
-    return {
-        "agrees": [_said(pair, pair.rejected, pair.chosen) for pair in mixed],
-        "look": pairs(split, n, 1, "look"),
-        "caption": pairs(split, n, 1, "caption"),
-    }
-
-
-def _said(pair: PreferencePair, said: str, right: str) -> PreferencePair:
-    """The pair with `right` in place of what its prompt says."""
-    prompt = str(pair.prompt)
-    assert prompt.count(f" is {said} .") == 1
-    return replace(
-        pair, prompt=prompt.replace(f" is {said} .", f" is {right} ."), chosen=right, rejected=said
-    )
 
 
 def outside_prompts(bench: Bench, outside: Outside) -> list[Any]:
@@ -207,29 +178,21 @@ def _details(
     elsewhere, with the gate and ``without``."""
     [block] = choice.blocks
     gate = bench.gates[block]
-    kinds = elsewhere(bench.trained.world, "test", N_ELSEWHERE)
     open_for = {"test": bench.test, "neutral": bench.neutral_test}
-    changed: dict[str, dict[str, str]] = {}
-    for kind, pairs in kinds.items():
-        plain = ScoredPairs.of(bench.trained, bench.view, pairs)
-        open_for[kind] = bench.behind(plain)
-        before = plain.replay.logits().argmax(-1)
-        answers = {"with": _answers(open_for[kind], vectors, choice)}
-        if without is not None:
-            answers["without"] = _answers(plain, vectors, without)
-        changed[kind] = {
-            "right": _bits(before == plain.chosen),
-            **{name: _bits(answer != before) for name, answer in answers.items()},
-        }
-    plain = bench.plain.test
-    answered = {"with": _answers(bench.test, vectors, choice)}
+    open_for |= {kind: bench.behind(items) for kind, items in bench.plain.elsewhere.items()}
+
+    def behind_the_gate(items: ScoredPairs) -> Tensor:
+        return _answers(bench.behind(items), vectors, choice)
+
+    ways: dict[str, Answers] = {"with": behind_the_gate}
     if without is not None:
-        answered["without"] = _answers(plain, vectors, without)
+        ways["without"] = partial(_answers, vectors=vectors, choice=without)
+    answered = {name: answers(bench.plain.test) for name, answers in ways.items()}
     return {
         "gate": {"block": gate.block, "kind": gate.kind, "when": gate.when, **gate.metadata},
         "open": {name: items.replay.share_open(block) for name, items in open_for.items()},
-        "answered": {name: _bits(found == plain.chosen) for name, found in answered.items()},
-        "elsewhere": changed,
+        "answered": {n: bits(found == bench.plain.test.chosen) for n, found in answered.items()},
+        "elsewhere": changed_answers(bench.plain.elsewhere, ways),
         "choice_without": None if without is None else asdict(without),
     }
 
@@ -238,10 +201,6 @@ def _answers(items: ScoredPairs, vectors: SteeringVectors, choice: Choice) -> Te
     """int64 [n]: the likeliest next token after each prompt."""
     steered = {block: vectors.directions[block] for block in choice.blocks}
     return items.replay.logits(steered, choice.strength).argmax(-1)
-
-
-def _bits(values: Tensor) -> str:
-    return "".join("01"[value] for value in values.tolist())
 
 
 def _closed(run: Run) -> SteeringVectors:
@@ -290,8 +249,8 @@ def gated_summary(results: Mapping[int, Mapping[str, Any]]) -> list[dict[str, An
         if not results or not all(name in kept and base in kept for kept in results.values()):
             continue
         draws = [kept[name]["draws"][0] for kept in results.values()]
-        own = [_outcomes(draw["right"]) for draw in draws]
-        usual = [_outcomes(kept[base]["draws"][0]["right"]) for kept in results.values()]
+        own = [outcomes(draw["right"]) for draw in draws]
+        usual = [outcomes(kept[base]["draws"][0]["right"]) for kept in results.values()]
         details = [draw["details"] for draw in draws if "details" in draw]
         rows.append(
             {
@@ -306,33 +265,17 @@ def gated_summary(results: Mapping[int, Mapping[str, Any]]) -> list[dict[str, An
                 "perplexity_ratio": float(np.mean([d["perplexity_ratio"] for d in draws])),
                 "largest_perplexity_ratio": max(d["perplexity_ratio"] for d in draws),
                 "answered": {
-                    column: asdict(over_seeds([_outcomes(d["answered"][column]) for d in details]))
+                    column: asdict(over_seeds([outcomes(d["answered"][column]) for d in details]))
                     for column in ("without", "with")
                     if details and all(column in d.get("answered", {}) for d in details)
                 },
                 "open": _mean([each["open"] for each in details]),
-                "elsewhere": _elsewhere([each["elsewhere"] for each in details]),
+                "elsewhere": changed_summary([each["elsewhere"] for each in details]),
             }
         )
     return rows
 
 
-def _elsewhere(seeds: Sequence[Mapping[str, Mapping[str, str]]]) -> dict[str, dict[str, Any]]:
-    """By kind: how many are right unsteered, and how many answers steering changes."""
-    found: dict[str, dict[str, Any]] = {}
-    for kind in seeds[0] if seeds else ():
-        found[kind] = {
-            name: asdict(over_seeds([_outcomes(seed[kind][name]) for seed in seeds]))
-            for name in ("right", "without", "with")
-            if all(name in seed[kind] for seed in seeds)
-        }
-    return found
-
-
 def _mean(shares: Sequence[Mapping[str, float]]) -> dict[str, float]:
     names = shares[0] if shares else ()
     return {name: float(np.mean([each[name] for each in shares])) for name in names}
-
-
-def _outcomes(bits: str) -> Outcomes:
-    return np.array([float(bit) for bit in bits])

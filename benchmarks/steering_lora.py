@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from benchmarks.steering_elsewhere import changed_answers
 from benchmarks.steering_search import (
     TRIALS_PER_BLOCK,
     Bench,
@@ -67,7 +68,9 @@ def lora_result(bench: Bench, settings: RefineSettings) -> Result:
     with _scaled(model, choice.strength):
         right = (bench.test.margins_in(bench.test.replay.logits_of(model)) > 0).tolist()
         nlls = bench.neutral_test.nlls_in(bench.neutral_test.replay.logits_of(model))
-    return Result(right, bench.ratio(nlls), choice, trials)
+        ways = {"without": lambda items: items.replay.logits_of(model).argmax(-1)}
+        changed = changed_answers(bench.elsewhere, ways)
+    return Result(right, bench.ratio(nlls), choice, trials, {"elsewhere": changed})
 
 
 def _adapted(model: Any) -> Any:

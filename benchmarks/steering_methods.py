@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.steering_elsewhere import N_ELSEWHERE, changed_answers, elsewhere
 from benchmarks.steering_lora import lora_result
 from benchmarks.steering_refine import Refiner
 from benchmarks.steering_search import (
@@ -55,6 +56,7 @@ FEW_STEPS = replace(REFINE, steps=10, evaluate_every=5)
 """A rate that stays: in ten steps a falling one leaves zero far behind, on dev."""
 TOGETHER = RefineSettings(evaluate_every=10)
 """`refine`'s own settings, for all blocks together."""
+TOGETHER_HALF, TOGETHER_FEW = replace(TOGETHER, steps=20), replace(TOGETHER, steps=10)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +131,11 @@ class Run:
     def refined_together(self, start: SteeringVectors, settings: RefineSettings) -> Result:
         """All blocks at once, at the strength that fitted vectors come with."""
         best = self.refiner(start, settings)
-        return self.bench.tuned({"": best}, together=True)
+        result = self.bench.tuned({"": best}, together=True)
+        if result.choice is None:
+            return result
+        changed = self.bench.changed_elsewhere(best.directions, result.choice.strength)
+        return replace(result, details=changed)
 
     @property
     def starts(self) -> dict[str, Callable[[], SteeringVectors]]:
@@ -249,10 +255,24 @@ def _prompted(run: Run, *, within_limit: bool) -> Result:
             if bench.rise(neutral.nlls()) > bench.limit.log_ratio:
                 continue
         test = ScoredPairs.of(run.trained, bench.view, _told(bench.data.test, instruction))
+        changed = _changed_by(run, instruction)
         neutral = scored(run.trained, bench.view, _told(bench.data.neutral_test, instruction))
         right = (test.margins() > 0).tolist()
-        return Result(right, bench.ratio(neutral.nlls()), choice, n_trials)
+        return Result(right, bench.ratio(neutral.nlls()), choice, n_trials, changed)
     return replace(bench.unsteered(), trials=n_trials)
+
+
+def _changed_by(run: Run, instruction: str) -> dict[str, Any]:
+    """What the words in front do to prompts that nothing is meant to change, as details."""
+    bench = run.bench
+    kinds = elsewhere(run.trained.world, "test", N_ELSEWHERE)
+
+    def told(items: ScoredPairs) -> torch.Tensor:
+        [kind] = [kind for kind, own in bench.elsewhere.items() if own is items]
+        own = ScoredPairs.of(run.trained, bench.view, _told(kinds[kind], instruction))
+        return own.replay.logits().argmax(-1)
+
+    return {"elsewhere": changed_answers(bench.elsewhere, {"without": told})}
 
 
 def _told(items: Iterable[Any], instruction: str) -> list[Any]:
@@ -290,6 +310,12 @@ METHODS: dict[str, Callable[[Run], list[Result]]] = {
     "GrAInS, refined, all blocks": refined_together("GrAInS", TOGETHER),
     "CAA, refined, all blocks": refined_together("CAA", TOGETHER),
     "zero, refined, all blocks": refined_together("zero", TOGETHER),
+    "GrAInS, 20 steps, all blocks": refined_together("GrAInS", TOGETHER_HALF),
+    "CAA, 20 steps, all blocks": refined_together("CAA", TOGETHER_HALF),
+    "zero, 20 steps, all blocks": refined_together("zero", TOGETHER_HALF),
+    "GrAInS, 10 steps, all blocks": refined_together("GrAInS", TOGETHER_FEW),
+    "CAA, 10 steps, all blocks": refined_together("CAA", TOGETHER_FEW),
+    "zero, 10 steps, all blocks": refined_together("zero", TOGETHER_FEW),
     "gradient direction": gradient,
     "CAA": caa,
     "ICV": icv,

@@ -34,6 +34,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import steering_lora
+from benchmarks.steering_elsewhere import changed_summary
 from benchmarks.steering_gated import GATED, gated_summary
 from benchmarks.steering_methods import ABLATIONS, METHODS, Run
 from benchmarks.steering_search import Bench, Limit, Result
@@ -70,6 +71,18 @@ MORE_RIVALS = ("random tokens, any", "gradient direction", "ICV", "probe (ITI)",
 NOT_RIVALS = ("unsteered", "prompt, no limit", REFINED)
 STARTS = ("GrAInS", "zero", "CAA")
 AFTER_STEPS = {10: "{}, 10 steps", 20: "{}, 20 steps", 40: "{}, refined"}
+"""Of a start, in one block."""
+ALL_BLOCKS = "{}, all blocks"
+REFINED_TOGETHER = ALL_BLOCKS.format(REFINED)
+TOGETHER_RIVALS = (
+    *(
+        ALL_BLOCKS.format(name.format(start))
+        for start in ("zero", "CAA")
+        for name in AFTER_STEPS.values()
+    ),
+    REFINED,
+    "LoRA",
+)
 FEW_RIVALS = ("zero, 10 steps", "CAA, 10 steps", "zero, refined", OURS)
 OUTPUT = Path(__file__).with_name("results") / "steering-quality.json"
 
@@ -214,12 +227,17 @@ def pooled(
     return rows
 
 
-def equal_steps(results: Mapping[WorldName, Mapping[int, Kept]]) -> list[dict[str, Any]]:
-    """After how many steps the start matters: ours against the others, by world and in all."""
+def equal_steps(
+    results: Mapping[WorldName, Mapping[int, Kept]], form: str = "{}"
+) -> list[dict[str, Any]]:
+    """After how many steps the start matters: ours against the others, by world and in all.
+
+    form: of the rows' names, around those of one block.
+    """
     models = [(world, kept) for world, own in results.items() for kept in own.values()]
     rows = []
     for steps, name in AFTER_STEPS.items():
-        ours, *others = (name.format(start) for start in STARTS)
+        ours, *others = (form.format(name.format(start)) for start in STARTS)
         for other in others:
             leads: dict[str, Any] = {}
             for part in (*results, "all"):
@@ -230,6 +248,16 @@ def equal_steps(results: Mapping[WorldName, Mapping[int, Kept]]) -> list[dict[st
                     leads[part] = {**asdict(over_seeds(lead)), "ahead": ahead, "models": len(own)}
             rows.append({"steps": steps, "ours": ours, "method": other, "leads": leads})
     return rows
+
+
+def elsewhere_summary(results: Mapping[int, Kept]) -> dict[str, Any]:
+    """What methods without a gate change where nothing should change, where all seeds know it."""
+    found = {}
+    for name in complete(results, list(METHODS)):
+        details = [kept[name]["draws"][0].get("details", {}) for kept in results.values()]
+        if all("elsewhere" in each for each in details):
+            found[name] = changed_summary([each["elsewhere"] for each in details])
+    return found
 
 
 def tables(report: Mapping[str, Any]) -> Iterator[Table]:
@@ -291,6 +319,7 @@ def report_of(worlds: Path, chosen: Mapping[WorldName, Sequence[int]]) -> dict[s
             "methods_closed": summary(own, names, OURS),
             "ablations": summary(ablated, complete(ablated, [OURS, *ABLATIONS]), OURS),
             "gated": gated_summary(own),
+            "elsewhere": elsewhere_summary(own),
         }
     results = {world: own for world, own in results.items() if own}
     return {
@@ -301,8 +330,10 @@ def report_of(worlds: Path, chosen: Mapping[WorldName, Sequence[int]]) -> dict[s
             OURS: pooled(results, [*CLOSED_RIVALS, *MORE_RIVALS], OURS),
             REFINED: pooled(results, [n for n in METHODS if n not in NOT_RIVALS], REFINED),
             FEW: pooled(results, FEW_RIVALS, FEW),
+            REFINED_TOGETHER: pooled(results, TOGETHER_RIVALS, REFINED_TOGETHER),
         },
         "equal_steps": equal_steps(results),
+        "equal_steps_together": equal_steps(results, ALL_BLOCKS),
         "kept": {
             world: {str(seed): kept for seed, kept in own.items()} for world, own in results.items()
         },

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.steering_elsewhere import N_ELSEWHERE, changed_answers, elsewhere
 from benchmarks.steering_replay import Replay
 from benchmarks.steering_worlds import Data, Trained
 from grains_ext.batching import pad_batch, position_ids_of
@@ -178,6 +180,12 @@ class Bench:
         self.dev_nlls = self.neutral_dev.nlls()
         self.test_nlls = self.neutral_test.nlls()
 
+    @cached_property
+    def elsewhere(self) -> dict[str, ScoredPairs]:
+        """Prompts that nothing is meant to change, by kind."""
+        kinds = elsewhere(self.trained.world, "test", N_ELSEWHERE)
+        return {kind: ScoredPairs.of(self.trained, self.view, own) for kind, own in kinds.items()}
+
     def unsteered(self) -> Result:
         return Result((self.test.margins() > 0).tolist(), 1.0, None, 0)
 
@@ -223,6 +231,14 @@ class Bench:
     def ratio(self, nlls: Tensor) -> float:
         """Of perplexities, of the neutral test texts."""
         return math.exp(float(nlls.mean() - self.test_nlls.mean()))
+
+    def changed_elsewhere(self, directions: Directions, strength: float) -> dict[str, Any]:
+        """As a result's details."""
+
+        def steered(items: ScoredPairs) -> Tensor:
+            return items.replay.logits(directions, strength).argmax(-1)
+
+        return {"elsewhere": changed_answers(self.elsewhere, {"without": steered})}
 
     def _choice(self, variant: str, directions: Directions, strength: float) -> Choice:
         return Choice.of(variant, directions, strength, self.dev.margins(directions, strength))

@@ -87,7 +87,7 @@ def _marked(name: str) -> str:
     return f"**{name}**" if name.startswith("GrAInS") else name
 
 
-def equal_steps(report: Report) -> str:
+def equal_steps(report: Report, key: str = "equal_steps") -> str:
     parts = {"text": "text", "vision": "pictures", "all": "all models"}
     rows = [
         [
@@ -95,7 +95,7 @@ def equal_steps(report: Report) -> str:
             row["method"].split(",")[0],
             *(_ahead(row["leads"].get(part)) for part in parts),
         ]
-        for row in report["equal_steps"]
+        for row in report[key]
         if row["leads"]
     ]
     return _table(["steps", "GrAInS against", *parts.values()], rows)
@@ -121,7 +121,8 @@ def gated(report: Report, world: str) -> str:
 
 
 def changed_elsewhere(report: Report, world: str) -> str:
-    """Answers that steering changes where it is not meant to: without a gate and behind either."""
+    """Answers that are changed where none should be: without a gate and behind either, and by
+    what has no gate."""
     by_base: dict[str, list[Mapping[str, Any]]] = {}
     for row in report["worlds"][world].get("gated", ()):
         by_base.setdefault(row["method"].partition(", gated")[0], []).append(row["elsewhere"])
@@ -135,6 +136,8 @@ def changed_elsewhere(report: Report, world: str) -> str:
             (f"{base}, gated by prompts", prompts, "with"),
         ):
             rows.append([name, *(f"{100 * found[kind][column]['mean']:.1f}" for kind in kinds)])
+    for name, found in report["worlds"][world].get("elsewhere", {}).items():
+        rows.append([name, *(f"{100 * found[kind]['without']['mean']:.1f}" for kind in kinds)])
     return _table(["", *kinds], rows)
 
 
@@ -147,6 +150,8 @@ TABLES: dict[str, Callable[[Report], str]] = {
     "closed form, both": partial(pooled, ours="GrAInS"),
     "refined, both": partial(pooled, ours="GrAInS, refined"),
     "equal steps": equal_steps,
+    "equal steps, all blocks": partial(equal_steps, key="equal_steps_together"),
+    "refined in all blocks, both": partial(pooled, ours="GrAInS, refined, all blocks"),
     "gated, text": partial(gated, world="text"),
     "gated, pictures": partial(gated, world="vision"),
     "changed, text": partial(changed_elsewhere, world="text"),

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import steering_gated, steering_tables
-from benchmarks.steering_gated import GATED, GatedBench, Usual, elsewhere, gated, gated_summary
+from benchmarks import steering_gated, steering_quality, steering_tables
+from benchmarks.steering_elsewhere import N_ELSEWHERE, elsewhere
+from benchmarks.steering_gated import GATED, GatedBench, Usual, gated, gated_summary
 from benchmarks.steering_methods import Run
 from benchmarks.steering_worlds import WORLDS, WorldName
 from grains_ext.encoding import encode_prompt
@@ -65,7 +66,6 @@ def test_prompts_that_are_not_to_be_steered(name: WorldName) -> None:
 @pytest.mark.parametrize("name", WORLDS)
 def test_a_row(name: WorldName, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.steering_search.TRIALS_PER_BLOCK", 2)
-    monkeypatch.setattr(steering_gated, "N_ELSEWHERE", 5)
     run = Run(small_bench(name))
     [result] = gated(lambda run: Usual.of(run.bench, directions(name)), "texts")(run)
     assert result.choice is not None
@@ -73,7 +73,7 @@ def test_a_row(name: WorldName, monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.details["gate"]["block"] == result.choice.blocks[0]
     assert all(0 <= share <= 1 for share in result.details["open"].values())
     for changed in result.details["elsewhere"].values():
-        assert [len(bits) for bits in changed.values()] == [5, 5, 5]
+        assert [len(bits) for bits in changed.values()] == [N_ELSEWHERE] * 3
 
 
 def test_strengths_around_the_usual_one() -> None:
@@ -108,3 +108,23 @@ def test_the_tables_of_gates() -> None:
     assert row.endswith("| 0.0 | 50.0 | 1.010 | 90.0 | 5.0 |")
     table = steering_tables.changed_elsewhere(report, "text").splitlines()
     assert [line.split(" | ")[1].strip(" |") for line in table[2:]] == ["0.0", "50.0", "50.0"]
+
+
+def test_what_rows_without_a_gate_change_elsewhere() -> None:
+    def kept(**bits: str) -> dict[str, Any]:
+        details = {"elsewhere": {"know": {"right": "11", **bits}}} if bits else {}
+        return {"draws": [{"right": "10", "perplexity_ratio": 1.0, "details": details}]}
+
+    results = {
+        1: {"LoRA": kept(without="01"), "prompt only": kept(without="11")},
+        2: {"LoRA": kept(without="11"), "prompt only": kept()},
+    }
+    found = steering_quality.elsewhere_summary(results)
+    assert list(found) == ["LoRA"]
+    assert found["LoRA"]["know"]["without"]["mean"] == 0.75
+    texts = {"method": "GrAInS, gated", "elsewhere": {"know": dict.fromkeys(("without", "with"))}}
+    for column in texts["elsewhere"]["know"]:
+        texts["elsewhere"]["know"][column] = {"mean": 0.1}
+    prompts = texts | {"method": "GrAInS, gated by prompts"}
+    report = {"worlds": {"text": {"gated": [texts, prompts], "elsewhere": found}}}
+    assert "| LoRA | 75.0 |\n" in steering_tables.changed_elsewhere(report, "text")
