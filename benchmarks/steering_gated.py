@@ -26,7 +26,7 @@ from benchmarks.steering_elsewhere import (
     elsewhere,
     outcomes,
 )
-from benchmarks.steering_methods import FEW_STEPS, REFINE, SIGNS, Run
+from benchmarks.steering_methods import FEW_STEPS, REFINE, SIGNS, TOGETHER, Run
 from benchmarks.steering_replay import Replay
 from benchmarks.steering_search import Bench, Choice, Directions, Result, ScoredPairs
 from benchmarks.steering_statistics import over_pairs, over_seeds
@@ -98,10 +98,10 @@ class GatedReplay(Replay):
 
 
 class GatedBench(Bench):
-    """A bench whose steering of a block is behind a gate that reads the same block's output."""
+    """A bench whose steering is behind a gate that reads the first steered block's output."""
 
     def __init__(self, bench: Bench, outside: Outside, largest: Mapping[int, float | None]) -> None:
-        """largest: strength of each block within the limit without a gate."""
+        """largest: strength within the limit without a gate, by the first block it steers."""
         vars(self).update(vars(bench))
         self.plain, self.largest = bench, largest
         prompts = outside_prompts(bench, outside)
@@ -147,13 +147,17 @@ class Usual:
     vectors: SteeringVectors
     choice: Choice | None
     largest: Mapping[int, float | None]
-    """By block, within the limit."""
+    """By the first block that is steered, within the limit."""
+    together: bool
+    """All blocks at once, in place of the best one."""
 
     @classmethod
-    def of(cls, bench: Bench, vectors: SteeringVectors) -> Usual:
-        every = vectors.directions.items()
-        largest = {block: bench.largest_strength({block: v}) for block, v in every}
-        return cls(vectors, bench.tuned({"": vectors}).choice, largest)
+    def of(cls, bench: Bench, vectors: SteeringVectors, *, together: bool = False) -> Usual:
+        every = vectors.directions
+        sets = [every] if together else [{block: every[block]} for block in every]
+        largest = {min(steered): bench.largest_strength(steered) for steered in sets}
+        choice = bench.tuned({"": vectors}, together=together).choice
+        return cls(vectors, choice, largest, together)
 
 
 def gated(usual_of: Callable[[Run], Usual], outside: Outside) -> Callable[[Run], list[Result]]:
@@ -162,7 +166,7 @@ def gated(usual_of: Callable[[Run], Usual], outside: Outside) -> Callable[[Run],
     def row(run: Run) -> list[Result]:
         usual = usual_of(run)
         bench = GatedBench(run.bench, outside, usual.largest)
-        result = bench.tuned({"": usual.vectors})
+        result = bench.tuned({"": usual.vectors}, together=usual.together)
         if result.choice is None:
             return [result]
         details = _details(bench, usual.vectors, result.choice, usual.choice)
@@ -176,7 +180,7 @@ def _details(
 ) -> dict[str, Any]:
     """The gate, how often it opens, which pairs' answers the model gives, and what is changed
     elsewhere, with the gate and ``without``."""
-    [block] = choice.blocks
+    block = min(choice.blocks)
     gate = bench.gates[block]
     open_for = {"test": bench.test, "neutral": bench.neutral_test}
     open_for |= {kind: bench.behind(items) for kind, items in bench.plain.elsewhere.items()}
@@ -218,17 +222,22 @@ _VECTORS: dict[str, Callable[[Run], SteeringVectors]] = {
     "CAA, refined": lambda run: run.refined_vectors(run.starts["CAA"](), REFINE),
     "zero, refined": lambda run: run.refined_vectors(run.starts["zero"](), REFINE),
 }
+_TOGETHER: dict[str, Callable[[Run], SteeringVectors]] = {
+    "GrAInS, refined, all blocks": lambda run: run.refiner(run.starts["GrAInS"](), TOGETHER),
+}
 
 
 @lru_cache(maxsize=1)  # rows that differ in the gate alone come one after the other
 def _usual(run: Run, base: str) -> Usual:
-    return Usual.of(run.bench, _VECTORS[base](run))
+    together = base in _TOGETHER
+    made = (_TOGETHER if together else _VECTORS)[base](run)
+    return Usual.of(run.bench, made, together=together)
 
 
 _NAMES: dict[Outside, str] = {"texts": "{}, gated", "prompts": "{}, gated by prompts"}
 GATED: dict[str, Callable[[Run], list[Result]]] = {
     name.format(base): gated(partial(_usual, base=base), outside)
-    for base in _VECTORS
+    for base in (*_VECTORS, *_TOGETHER)
     for outside, name in _NAMES.items()
 }
 

@@ -137,6 +137,8 @@ def changed_elsewhere(report: Report, world: str) -> str:
         ):
             rows.append([name, *(f"{100 * found[kind][column]['mean']:.1f}" for kind in kinds)])
     for name, found in report["worlds"][world].get("elsewhere", {}).items():
+        if name in both:
+            continue
         rows.append([name, *(f"{100 * found[kind]['without']['mean']:.1f}" for kind in kinds)])
     return _table(["", *kinds], rows)
 

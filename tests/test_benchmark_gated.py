@@ -63,12 +63,14 @@ def test_prompts_that_are_not_to_be_steered(name: WorldName) -> None:
 
 
 @pytest.mark.usefixtures("few_texts")
-@pytest.mark.parametrize("name", WORLDS)
-def test_a_row(name: WorldName, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "together"), [("text", False), ("text", True), ("vision", False)])
+def test_a_row(name: WorldName, together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.steering_search.TRIALS_PER_BLOCK", 2)
     run = Run(small_bench(name))
-    [result] = gated(lambda run: Usual.of(run.bench, directions(name)), "texts")(run)
+    usual = Usual.of(run.bench, directions(name), together=together)
+    [result] = gated(lambda _: usual, "texts")(run)
     assert result.choice is not None
+    assert len(result.choice.blocks) == (run.bench.view.n_blocks if together else 1)
     assert result.trials == 2 * run.bench.view.n_blocks
     assert result.details["gate"]["block"] == result.choice.blocks[0]
     assert all(0 <= share <= 1 for share in result.details["open"].values())
