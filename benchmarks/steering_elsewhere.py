@@ -45,6 +45,14 @@ def elsewhere(name: WorldName, split: Literal["fit", "dev", "test"], n: int) -> 
     }
 
 
+def staying(name: WorldName, n: int) -> list[PreferencePair]:
+    """n fit prompts of each kind but `agrees`, which only what a model knows tells from those that
+    are to be steered."""
+    kinds = elsewhere(name, "fit", n)
+    del kinds["agrees"]
+    return [pair for pairs in kinds.values() for pair in pairs]
+
+
 def _said(pair: PreferencePair, said: str, right: str) -> PreferencePair:
     """The pair with `right` in place of what its prompt says."""
     prompt = str(pair.prompt)

@@ -23,8 +23,8 @@ from benchmarks.steering_elsewhere import (
     bits,
     changed_answers,
     changed_summary,
-    elsewhere,
     outcomes,
+    staying,
 )
 from benchmarks.steering_methods import FEW_STEPS, REFINE, SIGNS, TOGETHER, Run
 from benchmarks.steering_replay import Replay
@@ -50,9 +50,7 @@ Outside = Literal["texts", "prompts"]
 def outside_prompts(bench: Bench, outside: Outside) -> list[Any]:
     prompts = list(bench.data.neutral_fit)
     if outside == "prompts":
-        kinds = elsewhere(bench.trained.world, "fit", len(bench.data.fit))
-        del kinds["agrees"]  # only what a model knows tells them from those that are to be steered
-        prompts += [pair for pairs in kinds.values() for pair in pairs]
+        prompts += staying(bench.trained.world, len(bench.data.fit))
     return prompts
 
 

@@ -87,15 +87,21 @@ def _train(
 ) -> None:
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(weights, lr=rate, betas=(0.9, 0.98))
-    neutral = scored(bench.trained, bench.view, bench.data.neutral_fit)
-    unharmed = neutral.replay.logits().log_softmax(-1)
+    kinds: dict[type, list[Any]] = {}  # texts and pairs are scored apart
+    for item in bench.data.neutral_fit:
+        kinds.setdefault(type(item), []).append(item)
+    neutral = [scored(bench.trained, bench.view, items) for items in kinds.values()]
+    unharmed = [items.replay.logits().log_softmax(-1) for items in neutral]
+    n_tokens = sum(map(len, unharmed))
     for _ in range(settings.steps):
         margins = pairs.margins_in(_logits(model, pairs))
         loss = -logsigmoid(settings.beta * margins).mean() / settings.beta
-        now = _logits(model, neutral).log_softmax(-1)
-        drift = (unharmed.exp() * (unharmed - now)).sum(-1).mean()
         optimizer.zero_grad()
-        (loss + settings.drift_weight * drift).backward()
+        loss.backward()
+        for items, before in zip(neutral, unharmed, strict=True):
+            now = _logits(model, items).log_softmax(-1)
+            drift = (before.exp() * (before - now)).sum() / n_tokens
+            (settings.drift_weight * drift).backward()
         optimizer.step()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.steering_elsewhere import N_ELSEWHERE, changed_answers, elsewhere
+from benchmarks.steering_elsewhere import N_ELSEWHERE, changed_answers, elsewhere, staying
 from benchmarks.steering_lora import lora_result
 from benchmarks.steering_refine import Refiner
 from benchmarks.steering_search import (
@@ -103,6 +104,14 @@ class Run:
     @cached_property
     def refiner(self) -> Refiner:
         return Refiner.of(self.bench)
+
+    @cached_property
+    def told_what_stays(self) -> Run:
+        """The same, with prompts among the neutral texts whose answers are to stay."""
+        bench = copy.copy(self.bench)
+        own = staying(self.trained.world, len(bench.data.fit))
+        bench.data = replace(bench.data, neutral_fit=[*bench.data.neutral_fit, *own])
+        return Run(bench, self.signs, self._attributions)
 
     @cached_property
     def limits(self) -> dict[int, float]:
@@ -292,6 +301,10 @@ def refined_together(start: str, settings: RefineSettings) -> Callable[[Run], li
     return lambda run: [run.refined_together(run.starts[start](), settings)]
 
 
+def told_what_stays(method: Callable[[Run], list[Result]]) -> Callable[[Run], list[Result]]:
+    return lambda run: method(run.told_what_stays)
+
+
 METHODS: dict[str, Callable[[Run], list[Result]]] = {
     "unsteered": unsteered,
     "GrAInS": closed_form,
@@ -328,6 +341,10 @@ METHODS: dict[str, Callable[[Run], list[Result]]] = {
     "prompt only": prompt_only,
     "prompt, no limit": prompt_beyond_limit,
     "LoRA": lora,
+    "GrAInS, refined, all blocks, told what stays": told_what_stays(
+        refined_together("GrAInS", TOGETHER)
+    ),
+    "LoRA, told what stays": told_what_stays(lora),
 }
 
 

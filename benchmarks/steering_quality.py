@@ -133,7 +133,7 @@ def _signs_of(kept: Kept) -> str | None:
 
 
 def _applies(name: str, world: WorldName) -> bool:
-    if name == "LoRA" and not steering_lora.available():
+    if name.startswith("LoRA") and not steering_lora.available():
         return False
     return name != "VTI" or world == "vision"
 

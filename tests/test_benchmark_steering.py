@@ -317,6 +317,10 @@ def test_lora_leaves_the_model_as_it_was(name: WorldName, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("start", ["CAA", "zero"])
 def test_refining_on_replays_is_refining(name: WorldName, start: str) -> None:
     run = Run(small_bench(name))
+    if start == "zero":
+        plain, run = run, run.told_what_stays
+        n, more = (len(each.bench.data.neutral_fit) for each in (plain, run))
+        assert more - n == 2 * len(plain.bench.data.fit)
     begun = run.starts[start]().subset([0, 1]).with_strength(0.3)
     settings = replace(REFINE, steps=4, evaluate_every=2)
     expected = refine(
