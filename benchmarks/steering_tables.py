@@ -78,7 +78,8 @@ def short(report: Report) -> str:
         {row["method"]: row["accuracy"]["mean"] for row in report["worlds"][world]["methods"]}
         for world in ("text", "vision")
     )
-    names = sorted(text.keys() & pictures.keys(), key=lambda name: text[name] + pictures[name])
+    both = text.keys() & pictures.keys()
+    names = sorted(both, key=lambda name: (round(text[name] + pictures[name], 6), name))
     rows = [[_marked(n), *(f"{100 * means[n]:.0f} %" for means in (text, pictures))] for n in names]
     return _table(["mean over five seeds", "text", "pictures"], rows)
 
