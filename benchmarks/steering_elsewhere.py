@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-import numpy as np
 from torch import Tensor
 
-from benchmarks.steering_statistics import Outcomes, over_seeds
+from benchmarks.steering_statistics import bits_of, outcomes, over_seeds
 from benchmarks.steering_worlds import WorldName
 from grains_ext.demo import vision_world, world
 from grains_ext.pairs import PreferencePair
@@ -68,20 +67,11 @@ def changed_answers(
     """By kind, as bits: which answers are right unsteered, and which each way changes."""
     found: dict[str, dict[str, str]] = {}
     for kind, items in kinds.items():
-        before = items.replay.logits().argmax(-1)
-        found[kind] = {
-            "right": bits(before == items.chosen),
-            **{name: bits(answers(items) != before) for name, answers in ways.items()},
-        }
+        before = items.answers()
+        marks = {"right": before == items.chosen}
+        marks |= {name: answers(items) != before for name, answers in ways.items()}
+        found[kind] = {name: bits_of(mark.tolist()) for name, mark in marks.items()}
     return found
-
-
-def bits(values: Tensor) -> str:
-    return "".join("01"[value] for value in values.tolist())
-
-
-def outcomes(bits: str) -> Outcomes:
-    return np.array([float(bit) for bit in bits])
 
 
 def changed_summary(seeds: Sequence[Mapping[str, Mapping[str, str]]]) -> dict[str, dict[str, Any]]:

@@ -20,16 +20,14 @@ from torch import Tensor
 
 from benchmarks.steering_elsewhere import (
     Answers,
-    bits,
     changed_answers,
     changed_summary,
-    outcomes,
     staying,
 )
 from benchmarks.steering_methods import FEW_STEPS, REFINE, SIGNS, TOGETHER, Run
 from benchmarks.steering_replay import Replay
 from benchmarks.steering_search import Bench, Choice, Directions, Result, ScoredPairs
-from benchmarks.steering_statistics import over_pairs, over_seeds
+from benchmarks.steering_statistics import bits_of, outcomes, over_pairs, over_seeds
 from grains_ext.steering import Gate, SteeringVectors, fit_gate
 from grains_ext.steering.held_gate import HeldGate
 from grains_ext.steering.positions import Forward
@@ -40,11 +38,12 @@ KIND, WHEN = "probe", "any"
 opens a gate that the whole does not."""
 WEAKEST_SHARE, STRONGEST_SHARE = 0.5, 6.0
 """Of the largest strength within the limit without a gate; stronger never won on dev."""
+
 Outside = Literal["texts", "prompts"]
 """What a gate is to stay shut for: neutral texts, or these and prompts of the pairs' own form."""
 
 
-# --- Which prompts ------------------------------------------------------------------------------
+# --- A bench behind gates -----------------------------------------------------------------------
 
 
 def outside_prompts(bench: Bench, outside: Outside) -> list[Any]:
@@ -52,9 +51,6 @@ def outside_prompts(bench: Bench, outside: Outside) -> list[Any]:
     if outside == "prompts":
         prompts += staying(bench.trained.world, len(bench.data.fit))
     return prompts
-
-
-# --- A bench behind gates -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,26 +179,24 @@ def _details(
     open_for = {"test": bench.test, "neutral": bench.neutral_test}
     open_for |= {kind: bench.behind(items) for kind, items in bench.plain.elsewhere.items()}
 
-    def behind_the_gate(items: ScoredPairs) -> Tensor:
-        return _answers(bench.behind(items), vectors, choice)
+    def steered_as(choice: Choice) -> dict[str, Any]:
+        directions = {block: vectors.directions[block] for block in choice.blocks}
+        return {"directions": directions, "strength": choice.strength}
 
-    ways: dict[str, Answers] = {"with": behind_the_gate}
+    ways: dict[str, Answers] = {
+        "with": lambda items: bench.behind(items).answers(**steered_as(choice))
+    }
     if without is not None:
-        ways["without"] = partial(_answers, vectors=vectors, choice=without)
-    answered = {name: answers(bench.plain.test) for name, answers in ways.items()}
+        ways["without"] = partial(ScoredPairs.answers, **steered_as(without))
+    test = bench.plain.test
+    answered = {name: answers(test) == test.chosen for name, answers in ways.items()}
     return {
         "gate": {"block": gate.block, "kind": gate.kind, "when": gate.when, **gate.metadata},
         "open": {name: items.replay.share_open(block) for name, items in open_for.items()},
-        "answered": {n: bits(found == bench.plain.test.chosen) for n, found in answered.items()},
+        "answered": {name: bits_of(right.tolist()) for name, right in answered.items()},
         "elsewhere": changed_answers(bench.plain.elsewhere, ways),
         "choice_without": None if without is None else asdict(without),
     }
-
-
-def _answers(items: ScoredPairs, vectors: SteeringVectors, choice: Choice) -> Tensor:
-    """int64 [n]: the likeliest next token after each prompt."""
-    steered = {block: vectors.directions[block] for block in choice.blocks}
-    return items.replay.logits(steered, choice.strength).argmax(-1)
 
 
 def _closed(run: Run) -> SteeringVectors:

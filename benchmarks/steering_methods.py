@@ -137,11 +137,16 @@ class Run:
             vectors |= best.directions
         return replace(start, directions=vectors)
 
-    def refined_together(self, start: SteeringVectors, settings: RefineSettings) -> Result:
-        """All blocks at once, at the strength that fitted vectors come with."""
+    def refined_together(
+        self, start: SteeringVectors, settings: RefineSettings, *, with_elsewhere: bool
+    ) -> Result:
+        """All blocks at once, at the strength that fitted vectors come with.
+
+        with_elsewhere: also what that changes where nothing should change.
+        """
         best = self.refiner(start, settings)
         result = self.bench.tuned({"": best}, together=True)
-        if result.choice is None:
+        if result.choice is None or not with_elsewhere:
             return result
         changed = self.bench.changed_elsewhere(best.directions, result.choice.strength)
         return replace(result, details=changed)
@@ -279,7 +284,7 @@ def _changed_by(run: Run, instruction: str) -> dict[str, Any]:
     def told(items: ScoredPairs) -> torch.Tensor:
         [kind] = [kind for kind, own in bench.elsewhere.items() if own is items]
         own = ScoredPairs.of(run.trained, bench.view, _told(kinds[kind], instruction))
-        return own.replay.logits().argmax(-1)
+        return own.answers()
 
     return {"elsewhere": changed_answers(bench.elsewhere, {"without": told})}
 
@@ -297,8 +302,12 @@ def _told(items: Iterable[Any], instruction: str) -> list[Any]:
     ]
 
 
-def refined_together(start: str, settings: RefineSettings) -> Callable[[Run], list[Result]]:
-    return lambda run: [run.refined_together(run.starts[start](), settings)]
+def refined_together(
+    start: str, settings: RefineSettings, *, with_elsewhere: bool = False
+) -> Callable[[Run], list[Result]]:
+    return lambda run: [
+        run.refined_together(run.starts[start](), settings, with_elsewhere=with_elsewhere)
+    ]
 
 
 def told_what_stays(method: Callable[[Run], list[Result]]) -> Callable[[Run], list[Result]]:
@@ -320,7 +329,7 @@ METHODS: dict[str, Callable[[Run], list[Result]]] = {
     "GrAInS, falling rate": refined("GrAInS", FALLING),
     "CAA, falling rate": refined("CAA", FALLING),
     "zero, falling rate": refined("zero", FALLING),
-    "GrAInS, refined, all blocks": refined_together("GrAInS", TOGETHER),
+    "GrAInS, refined, all blocks": refined_together("GrAInS", TOGETHER, with_elsewhere=True),
     "CAA, refined, all blocks": refined_together("CAA", TOGETHER),
     "zero, refined, all blocks": refined_together("zero", TOGETHER),
     "GrAInS, 20 steps, all blocks": refined_together("GrAInS", TOGETHER_HALF),
@@ -342,7 +351,7 @@ METHODS: dict[str, Callable[[Run], list[Result]]] = {
     "prompt, no limit": prompt_beyond_limit,
     "LoRA": lora,
     "GrAInS, refined, all blocks, told what stays": told_what_stays(
-        refined_together("GrAInS", TOGETHER)
+        refined_together("GrAInS", TOGETHER, with_elsewhere=True)
     ),
     "LoRA, told what stays": told_what_stays(lora),
 }

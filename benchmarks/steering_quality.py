@@ -38,7 +38,14 @@ from benchmarks.steering_elsewhere import changed_summary
 from benchmarks.steering_gated import GATED, gated_summary
 from benchmarks.steering_methods import ABLATIONS, METHODS, Run
 from benchmarks.steering_search import Bench, Limit, Result
-from benchmarks.steering_statistics import Estimate, Outcomes, over_pairs, over_seeds
+from benchmarks.steering_statistics import (
+    Estimate,
+    Outcomes,
+    bits_of,
+    outcomes,
+    over_pairs,
+    over_seeds,
+)
 from benchmarks.steering_worlds import (
     N_DEV,
     N_FIT,
@@ -145,7 +152,7 @@ def _results_path(world: WorldName, seed: int, worlds: Path) -> Path:
 def _plain(result: Result) -> dict[str, Any]:
     """Test outcomes as a string of 0 and 1, in the order of the pairs."""
     return {
-        "right": "".join("01"[right] for right in result.right),
+        "right": bits_of(result.right),
         "perplexity_ratio": result.perplexity_ratio,
         "trials": result.trials,
         "choice": None if result.choice is None else asdict(result.choice),
@@ -159,7 +166,7 @@ def _plain(result: Result) -> dict[str, Any]:
 def outcomes_of(kept: Kept, name: str) -> Outcomes:
     """By test pair, the mean over the method's draws."""
     draws = kept[name]["draws"]
-    return np.mean([[float(right) for right in draw["right"]] for draw in draws], axis=0)
+    return np.mean([outcomes(draw["right"]) for draw in draws], axis=0)
 
 
 def complete(results: Mapping[int, Kept], names: Sequence[str]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -68,6 +68,10 @@ class ScoredPairs:
 
     def margins_in(self, logits: Tensor) -> Tensor:
         return _at(logits, self.chosen) - _at(logits, self.rejected)
+
+    def answers(self, directions: Directions | None = None, strength: float = 0.0) -> Tensor:
+        """int64 [n]: the likeliest next token after each prompt."""
+        return self.replay.logits(directions, strength).argmax(-1)
 
     def nlls(self, directions: Directions | None = None, strength: float = 0.0) -> Tensor:
         """-log p(chosen), float32 [n]."""
@@ -234,10 +238,7 @@ class Bench:
 
     def changed_elsewhere(self, directions: Directions, strength: float) -> dict[str, Any]:
         """As a result's details."""
-
-        def steered(items: ScoredPairs) -> Tensor:
-            return items.replay.logits(directions, strength).argmax(-1)
-
+        steered = partial(ScoredPairs.answers, directions=directions, strength=strength)
         return {"elsewhere": changed_answers(self.elsewhere, {"without": steered})}
 
     def _choice(self, variant: str, directions: Directions, strength: float) -> Choice:

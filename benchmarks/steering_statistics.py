@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +28,15 @@ class Estimate:
     @property
     def above_zero(self) -> bool:
         return self.low > 0
+
+
+def bits_of(right: Iterable[bool]) -> str:
+    """How outcomes stand in JSON: a string of 0 and 1, in the order of the pairs."""
+    return "".join("01"[each] for each in right)
+
+
+def outcomes(bits: str) -> Outcomes:
+    return np.array([float(bit) for bit in bits])
 
 
 def over_pairs(values: Outcomes, *, seed: int = 0) -> Estimate:

@@ -69,7 +69,7 @@ def gate(
     inside = load_pairs(pairs, skip_bad=skip_bad)
     others: list[Any] = []
     for path in outside:
-        plain = path.suffix == ".txt"
+        plain = path.suffix.lower() == ".txt"
         others += (lines(path) or []) if plain else load_pairs(path, skip_bad=skip_bad)
     ungated = SteeringVectors.from_pretrained(vectors)
     first = ungated.blocks[0]

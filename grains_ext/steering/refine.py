@@ -225,9 +225,8 @@ class _Run:
         rng = random.Random(settings.seed)
         sizes = [len(batch.indices) for batch in batches]
         self.draw = _in_turn(list(batches), sizes, settings.pairs_per_step, rng)
-        numbers = list(range(len(neutral))) if neutral else []
-        shares = [_share_of_step(neutral, number) for number in numbers]
-        self.neutral_draw = _in_turn(numbers, shares, 1, rng)
+        shares = [_share_of_step(neutral, n) for n in range(len(neutral))] if neutral else []
+        self.neutral_draw = _in_turn(list(range(len(shares))), shares, 1, rng)
         self.scale = _FLOAT16_SCALE if _is_float16(view) else 1.0
         self.curve: list[dict[str, float]] = []
         self.best = {block: unit.detach().clone() for block, unit in self.units.items()}
@@ -411,9 +410,8 @@ def _lengths(
     return lengths
 
 
-def _share_of_step(neutral: NeutralTexts | None, number: int) -> float:
+def _share_of_step(neutral: NeutralTexts, number: int) -> float:
     """What a batch of neutral texts is of those that one step looks at."""
-    assert neutral is not None
     scored, read = neutral.n_tokens(number), neutral.n_read(number)
     return max(scored / _NEUTRAL_SCORED, read / _NEUTRAL_READ)
 
